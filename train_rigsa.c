@@ -1,0 +1,2189 @@
+// SPDX-License-Identifier: MIT
+//
+// train_rigsa.c: trains a RIGSA adapter (arXiv 2511.01794) for a SmolLM2 language model, on a CPU, from scratch.
+//
+// RIGSA teaches a model a new task without making it forget the old ones. Each linear matrix of the transformer becomes
+//
+//     W = W0 + alpha * (mask . DeltaW)
+//
+// W0 is the pretrained weight, frozen. DeltaW is full-rank and random, alpha is one learnable gate that starts at 1e-6, so
+// that training begins at the pretrained model. After one pass over the data, only entries of DeltaW that are large and did
+// not change their sign stay in the mask (iterative magnitude pruning); five rounds leave a few per cent of them, the
+// winning ticket, which one more pass trains. Here the new task is to read digits that are written as text.
+//
+//     make train_rigsa && ./train_rigsa          the default run: a small model, under three minutes
+//     ./train_rigsa --help                       every option
+//
+// What this file will not do: run on a GPU, use fast-math (a NaN must stay an alarm), or be a framework. There is no graph
+// and no autograd: the backward pass is written by hand, each gradient line beside the formula that it implements.
+// The derivations are in doc/backward.md, the method and its open questions in doc/rigsa.md, file layouts in doc/model.md.
+//
+// Map
+//      1  Nouns         Config, Tensor, Batch, Activations, Model
+//      2  Utilities     errors, memory, time, the hash
+//      3  Randomness    the counter-based generator that gives DeltaW's initial values back whenever they are needed
+//      4  Exponential   one that the compiler can vectorise
+//      5  Matmul        the naive one, and the fast one that must equal it
+//      6  Layers        rmsnorm, rope, attention, swiglu, cross-entropy: forward, directly followed by backward
+//      7  Adapters      the two functions that make W: RIGSA's, and the plain one that trains the weights themselves
+//      8  Transformer   forward, head and loss, backward
+//      9  AdamW         with decoupled weight decay
+//     10  Pruning       the mask: who stays, and where the survivors go back to
+//     11  Files         reading and writing models, data and tickets
+//     12  Memory        the table of tensors, the plan, the arenas
+//     13  Evaluation    exact match and multiple choice
+//     14  Options       one table
+//     15  Training      a pass, the rounds, the table of results, main
+//
+// Letters, everywhere the same
+//      N  rows: all tokens of a batch, its sequences laid end to end       T  tokens of one sequence     S  sequences
+//      C  hidden size     F  feed-forward size     L  layers               V  vocabulary                 M  answer rows
+//      H  query heads     KV  key/value heads      G = H / KV  heads that share a key    D  size of a head
+//      O, I  rows (outputs) and columns (inputs) of a linear matrix: y (N, O) = x (N, I) W^T
+// A gradient is called by the name of its variable with a d in front, and gradients of parameters only ever accumulate.
+
+#define _GNU_SOURCE
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_num_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the file formats are little-endian, and so must the machine be"
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 1. Nouns
+
+typedef struct {        // the `config` section of a base file (doc/model.md)
+    uint32_t C, F, L, H, KV, D, V;
+    uint32_t context;   // longest sequence that the model was made for
+    uint32_t tied;      // 1: the head is the embedding
+    uint32_t dtype;     // of the weights in the file: 0 fp32, 1 bf16
+    float theta, eps;   // base of the rotary frequencies; RMSNorm's epsilon
+} Config;
+
+// One row of the one table of tensors. Allocation, files, AdamW, pruning and the tests all walk this table.
+typedef struct {
+    char name[32];             // "embed", "3.q", "3.q.delta", "gates"
+    size_t rows, cols;         // (O, I) for a matrix, (1, n) for a vector
+    size_t n;                  // values that are stored: rows * cols, or the survivors of a mask
+    uint32_t *index;           // (n) where they are, row * cols + column, ascending; NULL: everywhere
+    float *value;              // (n)
+    float *grad, *m, *v;       // (n) gradient and AdamW's two moments; NULL: frozen
+    float lr, decay;           // learning rate and decoupled weight decay
+    int adapter;               // number of this matrix among the adapted ones, 7 * layer + 0..6; -1: never adapted
+} Tensor;
+
+// The place of a layer's tensors in the table: 1 + layer * PER_LAYER + kind.
+enum { ATTN_NORM, WQ, WK, WV, WO, FFN_NORM, WGATE, WUP, WDOWN, PER_LAYER, ADAPTED = 7 };
+
+// Sequences laid end to end. Everything but rope and attention sees only N rows; nothing is padded.
+typedef struct {
+    size_t N, S, M;
+    uint32_t *token;           // (N)
+    uint32_t *start;           // (S + 1) first row of each sequence; start[S] = N
+    uint32_t *position;        // (N) of the row within its sequence
+    uint32_t *row;             // (M) the rows that predict an answer token
+    uint32_t *target;          // (M) the token that each of them should predict
+} Batch;
+
+// What a layer keeps for its backward pass. What is cheap to compute again is not kept: norm outputs and the gated product.
+typedef struct {
+    float *x;                  // (N, C) input of the layer
+    float *rstd1;              // (N) 1 / rms of x
+    float *q;                  // (N, H, D) queries, rotated
+    float *k, *v;              // (N, KV, D) keys, rotated, and values
+    float *att;                // (N, H, D) what attention gathered
+    float *lse;                // (N, H) log of the sum of the exponentials of the scores
+    float *x2;                 // (N, C) after attention's residual
+    float *rstd2;              // (N)
+    float *gate, *up;          // (N, F) the two halves of SwiGLU, before the activation
+} Layer;
+
+typedef struct {
+    size_t N, T, M;            // the largest batch, sequence and number of answer rows that fit
+    Layer *layer;              // (L + 1) the last one holds only x, the input of the final norm
+    float *xn, *h;             // (N, C), (N, F) norm output, gated product
+    float *dx, *dxn;           // (N, C)
+    float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
+    float *dgate, *dup, *dh;   // (N, F)
+    float *transposed;         // (O + I, N) of the largest matrix: dy^T and x^T for the sampled gradient
+    float *scores;             // (threads, 2, QUERIES, T) attention's block of scores and its gradient
+    float *cosine, *sine;      // (T, D / 2)
+    float *xm, *xf, *rstdf;    // (M, C), (M, C), (M): answer rows, their final norm, 1 / rms
+    float *dxf;                // (M, C)
+    float *logits;             // (HEAD_ROWS, V) of a slice of the answer rows
+    float *logp;               // (M) log-probability of the target
+    uint32_t *best;            // (M) the most likely token
+} Activations;
+
+typedef struct Model Model;
+
+// An adapter is two functions; the transformer, the optimizer and the files know nothing else about it.
+typedef struct {
+    const float *(*weight)(Model *model, Tensor *t);       // the matrix (O, I) that forward and dx shall use in t's place
+    // from a product's input x (N, I) and the gradient dy (N, O) of its output, add to the gradients that are trained
+    void (*gradient)(Model *model, Tensor *t, const float *x, const float *dy, size_t N);
+} Adapter;
+
+typedef enum { REST_ZERO, REST_INIT } Rest;
+typedef enum { SURVIVORS_REWIND, SURVIVORS_KEEP, SURVIVORS_REDRAW } Survivors;
+typedef enum { THRESHOLD_MATRIX, THRESHOLD_ALL } Threshold;
+
+struct Model {
+    Config config;
+    char name[64];             // of the base
+    uint64_t hash;             // of the base's weights: the base that a ticket belongs to
+    Tensor *tensors;           // base tensors in file order, then a DeltaW per adapted matrix, then the gates
+    size_t base_tensors, all_tensors;
+    Adapter adapter;
+    uint64_t seed;             // DeltaW's initial values are a function of seed, draw, sigma, matrix and index
+    uint32_t draw;             // 0, or with SURVIVORS_REDRAW the number of the round
+    float sigma;
+    Rest rest;
+    float *scratch;            // (O, I) of the largest matrix: W on its way into a product, or dW on its way out
+    Activations acts;
+    float *base_arena, *value_arena, *grad_arena, *m_arena, *v_arena;
+    uint32_t *index_arena;
+};
+
+static Tensor *layer_tensor(Model *model, size_t l, int kind) { return &model->tensors[1 + l * PER_LAYER + kind]; }
+static Tensor *final_norm(Model *model) { return &model->tensors[1 + model->config.L * PER_LAYER]; }
+static Tensor *head_tensor(Model *model) { return model->config.tied ? &model->tensors[0] : final_norm(model) + 1; }
+static size_t matrices(const Model *model) { return (size_t)ADAPTED * model->config.L; }
+static Tensor *delta_tensor(Model *model, size_t a) { return &model->tensors[model->base_tensors + a]; }
+static Tensor *gates_tensor(Model *model) { return delta_tensor(model, matrices(model)); }
+
+static const char *const KIND[ADAPTED] = { "q", "k", "v", "o", "gate", "up", "down" };   // of adapted matrix a: a % ADAPTED
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Utilities
+
+// A user's error: one line that says what is wrong, where, and what to run to mend it.
+__attribute__((noreturn, format(printf, 1, 2)))
+static void die(const char *format, ...)
+{
+    va_list arguments;
+    fflush(stdout);
+    fprintf(stderr, "%strain_rigsa: ", isatty(2) ? "\r\033[K" : "");
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+    exit(1);
+}
+
+// Zeroed memory on a cache line of its own.
+static void *allocate(size_t count, size_t size)
+{
+    size_t bytes;
+    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX - 64) die("out of memory: %zu x %zu bytes", count, size);
+    bytes = (bytes + 64) / 64 * 64;
+    void *p = aligned_alloc(64, bytes);
+    if (!p) die("out of memory: %.2f GB more are needed", 1e-9 * (double)bytes);
+    return memset(p, 0, bytes);
+}
+
+static float *floats(size_t count) { return allocate(count, sizeof(float)); }
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+#define GOLDEN 0x9E3779B97F4A7C15u          // 2^64 / golden ratio: consecutive multiples are spread evenly
+
+// The finalizer of splitmix64 (Steele, Lea & Flood 2014): a bijection of 64 bits in which each input bit flips half of the others.
+static inline uint64_t mix(uint64_t z)
+{
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+// Hash of n bytes: a sum over 64-bit words, each mixed with its position, so that any number of threads finds the same one.
+static uint64_t hash64(const void *data, size_t n)
+{
+    const char *bytes = data;
+    size_t words = n / 8, rest = n % 8;
+    uint64_t sum = mix(n), last = 0;
+    #pragma omp parallel for reduction(+:sum)
+    for (size_t i = 0; i < words; i++) {
+        uint64_t w;
+        memcpy(&w, bytes + 8 * i, 8);
+        sum += mix(w + (i + 1) * GOLDEN);
+    }
+    if (rest) {
+        memcpy(&last, bytes + 8 * words, rest);
+        sum += mix(last + (words + 1) * GOLDEN);
+    }
+    return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. Randomness
+//
+// DeltaW's initial value at an index is a pure function of (key, index). Pruning compares signs with it and rewinding
+// restores it, yet no copy of it is ever stored. It has the same bits on every machine: integers, one product and one
+// rounding, nothing that a compiler may contract or a libm may round its own way.
+
+// The key of one stream of random numbers; `stream` says what for, `a` and `b` which.
+enum { STREAM_DELTA, STREAM_ORDER };
+
+static uint64_t random_key(uint64_t seed, uint64_t stream, uint64_t a, uint64_t b)
+{
+    return mix(mix(mix(mix(seed + GOLDEN) + stream) + a) + b);
+}
+
+// Normal with standard deviation sigma. The number of ones among 64 random bits is binomial, nearly normal out to 8 sigma but in
+// steps of sigma / 4; two 16-bit uniforms, each one step wide, fill the steps (density piecewise linear, kurtosis 2.97). Twice the
+// sum plus one is odd, so the value is never zero and always has a sign. Its variance is (2 << 16)^2 (64 / 4 + 2 / 12).
+static inline float normal(uint64_t key, uint64_t index, float sigma)
+{
+    uint64_t coins = mix(key + (2 * index + 1) * GOLDEN), fill = mix(key + (2 * index + 2) * GOLDEN);
+    int z = (__builtin_popcountll(coins) - 32) * 65536 + (int)(fill & 0xFFFF) + (int)(fill >> 16 & 0xFFFF) - 65535;
+    return (float)((double)(2 * z + 1) * ((double)sigma / 527011.5848));
+}
+
+// order = a permutation of 0..n-1 (Fisher and Yates).
+static void shuffle(uint32_t *order, size_t n, uint64_t key)
+{
+    for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
+    for (size_t i = n; i > 1; i--) {
+        size_t j = (size_t)((mix(key + i * GOLDEN) >> 32) * i >> 32);     // 0..i-1
+        uint32_t swap = order[i - 1];
+        order[i - 1] = order[j];
+        order[j] = swap;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. Exponential
+//
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial (the coefficients are those of Cephes' expf) times a power
+// of two. Within 2 ulp of the true value; 0 below -87, infinity above 88.72, and NaN stays NaN. Unlike libm's it has no branch
+// and no call, so the loops around it become vector code.
+
+static inline float exponential(float x)
+{
+    const float round_magic = 12582912.0f;          // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    float clamped = x < -88.0f ? -88.0f : x > 89.0f ? 89.0f : x;
+    float n = (clamped * 1.44269504f + round_magic) - round_magic;
+    float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int whole = (int)n, half = whole >> 1;          // 2^n in two factors: each is a normal number, even where 2^n is not
+    union { int32_t i; float f; } low = { (half + 127) << 23 }, high = { (whole - half + 127) << 23 };
+    float y = p * low.f * high.f;
+    return x < -87.0f ? 0.0f : x > 88.7228f ? INFINITY : y;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. Matmul
+//
+// c (M, N) = a (M, K) b (K, N), or += when `add` is set. Rows of c are ldc apart. a and b may be stored either way round: element
+// (i, k) of a is a[i * a_row + k * a_col], so a transpose is two strides exchanged. The three products of a linear layer
+//
+//     y  (N, O)  = x (N, I) W^T       dx (N, I) = dy (N, O) W       dW (O, I) = dy^T x
+//
+// are all this one function, and so are those of attention.
+
+static void matmul_naive(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
+                         size_t M, size_t N, size_t K, int add)
+{
+    for (size_t i = 0; i < M; i++)
+        for (size_t j = 0; j < N; j++) {
+            float sum = 0;
+            for (size_t k = 0; k < K; k++) sum += a[i * a_row + k * a_col] * b[k * b_row + j * b_col];
+            c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
+        }
+}
+
+// The fast one computes c in tiles of MR x NR that stay in registers while k runs:
+//
+//                      NR = NV vectors of b
+//                     [ b0 ][ b1 ][ b2 ]
+//       MR   a[0] ->  [    ][    ][    ]      one step of k: load NV vectors of b, broadcast MR scalars of a, and
+//       rows a[1] ->  [    ][    ][    ]      MR * NV fused multiply-adds, each into its own register
+//       of a  ...     [    ][    ][    ]
+//
+// AVX-512 has 32 registers of 16 floats: 8 x 3 accumulators leave room for b. Half as many registers of 8 or of 4: 6 x 2.
+#if defined(__AVX512F__)
+enum { LANES = 16, MR = 8, NV = 3 };
+#elif defined(__AVX__)
+enum { LANES = 8, MR = 6, NV = 2 };
+#else
+enum { LANES = 4, MR = 6, NV = 2 };
+#endif
+// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them: a slice
+// of b, KC x NC, that all threads share and that stays in L2 and L3, and each thread's block of a, MC x KC, that stays in L2.
+enum { NR = NV * LANES, KC = 288, MC = 96, NC = 32 * NR };
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static _Thread_local float packed_a[MC * KC] __attribute__((aligned(64)));
+static _Thread_local float packed_b[KC * NC] __attribute__((aligned(64)));
+
+// c (rows <= MR, cols <= NR) = or += a packed panel of a times a packed panel of b. The panels are padded with zeros.
+static void matmul_tile(float *c, size_t ldc, const float *pa, const float *pb, size_t K, size_t rows, size_t cols, int add)
+{
+    vec sum[MR][NV] = { 0 };
+    for (size_t k = 0; k < K; k++, pa += MR, pb += NR) {
+        vec b[NV];
+        #pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) b[v] = *(const vec *)(pb + v * LANES);
+        #pragma GCC unroll 8
+        for (int r = 0; r < MR; r++)
+            #pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) sum[r][v] += pa[r] * b[v];
+    }
+    if (rows == MR && cols == NR) {
+        #pragma GCC unroll 8
+        for (int r = 0; r < MR; r++)
+            #pragma GCC unroll 4
+            for (int v = 0; v < NV; v++) {
+                vec *to = (vec *)(c + r * ldc + v * LANES);
+                *to = add ? (vec)(*to + sum[r][v]) : sum[r][v];
+            }
+    } else {                                             // an edge of c: only what is inside
+        const float *from = (const float *)sum;
+        for (size_t r = 0; r < rows; r++)
+            for (size_t j = 0; j < cols; j++) c[r * ldc + j] = add ? c[r * ldc + j] + from[r * NR + j] : from[r * NR + j];
+    }
+}
+
+// to (K, width) = the strip of `width` rows (or columns) that starts at from; `used` of them exist, the others become zero.
+static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K)
+{
+    if (used < width) memset(to, 0, K * width * sizeof(float));
+    if (across == 1)
+        for (size_t k = 0; k < K; k++)
+            for (size_t j = 0; j < used; j++) to[k * width + j] = from[k * along + j];
+    else
+        for (size_t j = 0; j < used; j++)
+            for (size_t k = 0; k < K; k++) to[k * width + j] = from[j * across + k * along];
+}
+
+// Threads share the rows of c and never a sum, so that the result has the same bits for any number of them.
+static void matmul(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
+                   size_t M, size_t N, size_t K, int add)
+{
+    if (K == 0 && !add)
+        for (size_t i = 0; i < M; i++) memset(c + i * ldc, 0, N * sizeof(float));
+    float *pb = packed_b;                                // the calling thread's, shared by its team
+    #pragma omp parallel
+    {
+        size_t threads = (size_t)omp_get_num_threads();
+        size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
+        size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
+        float *pa = packed_a;
+        for (size_t j0 = 0; j0 < N; j0 += NC)
+            for (size_t k0 = 0; k0 < K; k0 += KC) {
+                size_t nc = min_size(NC, N - j0), kc = min_size(KC, K - k0);
+                #pragma omp for
+                for (size_t j = 0; j < nc; j += NR)
+                    matmul_pack(pb + j * kc, b + k0 * b_row + (j0 + j) * b_col, b_col, b_row, NR, min_size(NR, nc - j), kc);
+                #pragma omp for
+                for (size_t i0 = 0; i0 < M; i0 += mc) {
+                    size_t rows = min_size(mc, M - i0);
+                    for (size_t i = 0; i < rows; i += MR)
+                        matmul_pack(pa + i * kc, a + (i0 + i) * a_row + k0 * a_col, a_row, a_col, MR, min_size(MR, rows - i), kc);
+                    for (size_t j = 0; j < nc; j += NR)
+                        for (size_t i = 0; i < rows; i += MR)
+                            matmul_tile(c + (i0 + i) * ldc + j0 + j, ldc, pa + i * kc, pb + j * kc, kc,
+                                        min_size(MR, rows - i), min_size(NR, nc - j), add || k0 > 0);
+                }
+            }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. Layers
+
+// x (N, C) = the rows of embed (V, C) that the tokens name.
+static void embedding_forward(float *x, const float *embed, const uint32_t *token, size_t N, size_t C)
+{
+    #pragma omp parallel for
+    for (size_t n = 0; n < N; n++) memcpy(x + n * C, embed + token[n] * C, C * sizeof(float));
+}
+
+// dembed[token[n]] += dx[n]. A token may stand in many rows, so threads share the columns, not the rows.
+static void embedding_backward(float *dembed, const float *dx, const uint32_t *token, size_t N, size_t C)
+{
+    #pragma omp parallel for schedule(static, 16)
+    for (size_t c = 0; c < C; c++)
+        for (size_t n = 0; n < N; n++) dembed[token[n] * C + c] += dx[n * C + c];
+}
+
+// out (N, C) = x * rstd * w, with rstd (N) = 1 / sqrt(mean(x^2) + eps) kept for the backward pass and w (C).
+static void rmsnorm_forward(float *out, float *rstd, const float *x, const float *w, size_t N, size_t C, float eps)
+{
+    #pragma omp parallel for
+    for (size_t n = 0; n < N; n++) {
+        const float *x_n = x + n * C;
+        float *out_n = out + n * C, squares = 0;
+        #pragma omp simd reduction(+:squares)
+        for (size_t c = 0; c < C; c++) squares += x_n[c] * x_n[c];
+        float r = 1.0f / sqrtf(squares / (float)C + eps);
+        for (size_t c = 0; c < C; c++) out_n[c] = x_n[c] * r * w[c];
+        rstd[n] = r;
+    }
+}
+
+// With y_c = x_c r w_c and r = (mean(x^2) + eps)^(-1/2), so that dr/dx_c = -r^3 x_c / C:
+//     dx_c += r w_c dy_c - x_c r^3 / C sum_j(dy_j w_j x_j)          dw_c += sum_n dy_c x_c r
+// dw is NULL when the norm is frozen.
+static void rmsnorm_backward(float *dx, float *dw, const float *dy, const float *x, const float *w, const float *rstd, size_t N, size_t C)
+{
+    #pragma omp parallel for
+    for (size_t n = 0; n < N; n++) {
+        const float *x_n = x + n * C, *dy_n = dy + n * C;
+        float *dx_n = dx + n * C, r = rstd[n], dot = 0;
+        #pragma omp simd reduction(+:dot)
+        for (size_t c = 0; c < C; c++) dot += dy_n[c] * w[c] * x_n[c];
+        float shared = r * r * r / (float)C * dot;
+        for (size_t c = 0; c < C; c++) dx_n[c] += r * w[c] * dy_n[c] - shared * x_n[c];
+    }
+    if (!dw) return;
+    #pragma omp parallel for schedule(static, 16)
+    for (size_t c = 0; c < C; c++) {
+        float sum = 0;
+        for (size_t n = 0; n < N; n++) sum += dy[n * C + c] * x[n * C + c] * rstd[n];
+        dw[c] += sum;
+    }
+}
+
+// cosine and sine (T, D / 2) of the angle position * theta^(-2i / D), in single precision as Hugging Face computes it.
+static void rope_table(float *cosine, float *sine, size_t T, size_t D, float theta)
+{
+    for (size_t t = 0; t < T; t++)
+        for (size_t i = 0; i < D / 2; i++) {
+            float frequency = 1.0f / powf(theta, (float)(2 * i) / (float)D);
+            cosine[t * (D / 2) + i] = cosf((float)t * frequency);
+            sine[t * (D / 2) + i] = sinf((float)t * frequency);
+        }
+}
+
+// Rotates the pairs (i, i + D/2) of every head of x (N, heads, D), in place, by the angle of the row's position. The backward pass
+// of a rotation is the rotation back: direction -1.
+static void rope(float *x, const float *cosine, const float *sine, const uint32_t *position, size_t N, size_t heads, size_t D, float direction)
+{
+    size_t half = D / 2;
+    #pragma omp parallel for
+    for (size_t n = 0; n < N; n++) {
+        const float *cos_n = cosine + position[n] * half, *sin_n = sine + position[n] * half;
+        for (size_t h = 0; h < heads; h++) {
+            float *low = x + (n * heads + h) * D, *high = low + half;
+            #pragma omp simd
+            for (size_t i = 0; i < half; i++) {
+                float a = low[i], b = high[i], c = cos_n[i], s = direction * sin_n[i];
+                low[i] = a * c - b * s;
+                high[i] = b * c + a * s;
+            }
+        }
+    }
+}
+
+// Causal attention with grouped queries: head h of q (N, H, D) reads head h / G of k and v (N, KV, D), within its sequence and
+// not beyond its own row. QUERIES rows at a time meet all keys that they may see, so memory grows with T and never with T^2.
+// `scores` has room for 2 * QUERIES * T floats per thread. Two tasks never write to the same row: one per sequence and kv head.
+enum { QUERIES = 64 };
+
+static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v, float *scores,
+                              const uint32_t *start, size_t S, size_t H, size_t KV, size_t D, size_t T_max)
+{
+    size_t G = H / KV;
+    float scale = 1.0f / sqrtf((float)D);
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (size_t s = 0; s < S; s++)
+        for (size_t kv = 0; kv < KV; kv++) {
+            size_t first = start[s], T = start[s + 1] - first;
+            const float *k_s = k + (first * KV + kv) * D, *v_s = v + (first * KV + kv) * D;      // (T, D), rows KV * D apart
+            float *p = scores + (size_t)omp_get_thread_num() * 2 * QUERIES * T_max;              // (rows, keys)
+            for (size_t h = kv * G; h < (kv + 1) * G; h++)
+                for (size_t t0 = 0; t0 < T; t0 += QUERIES) {
+                    size_t rows = min_size(QUERIES, T - t0), keys = t0 + rows, at = ((first + t0) * H + h) * D;
+                    // pass 1: scores = q k^T
+                    matmul(p, keys, q + at, H * D, 1, k_s, 1, KV * D, rows, keys, D, 0);
+                    // pass 2: p = softmax(scale * scores) over the keys up to the row's own
+                    for (size_t r = 0; r < rows; r++) {
+                        float *p_r = p + r * keys, highest = p_r[0], sum = 0;
+                        size_t seen = t0 + r + 1;
+                        #pragma omp simd reduction(max:highest)
+                        for (size_t j = 0; j < seen; j++) highest = p_r[j] > highest ? p_r[j] : highest;
+                        #pragma omp simd reduction(+:sum)
+                        for (size_t j = 0; j < seen; j++) {
+                            p_r[j] = exponential(scale * (p_r[j] - highest));
+                            sum += p_r[j];
+                        }
+                        float normalise = 1.0f / sum;
+                        for (size_t j = 0; j < seen; j++) p_r[j] *= normalise;
+                        memset(p_r + seen, 0, (keys - seen) * sizeof(float));
+                        lse[(first + t0 + r) * H + h] = scale * highest + logf(sum);
+                    }
+                    // pass 3: out = p v
+                    matmul(out + at, H * D, p, keys, 1, v_s, KV * D, 1, rows, D, keys, 0);
+                }
+        }
+}
+
+// The passes in reverse; p is computed again from q, k and lse. dq is written; dk and dv, which G heads share, accumulate.
+static void attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse,
+                               const float *q, const float *k, const float *v, float *scores,
+                               const uint32_t *start, size_t S, size_t H, size_t KV, size_t D, size_t T_max)
+{
+    size_t G = H / KV;
+    float scale = 1.0f / sqrtf((float)D);
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (size_t s = 0; s < S; s++)
+        for (size_t kv = 0; kv < KV; kv++) {
+            size_t first = start[s], T = start[s + 1] - first, kv_at = (first * KV + kv) * D;
+            const float *k_s = k + kv_at, *v_s = v + kv_at;
+            float *p = scores + (size_t)omp_get_thread_num() * 2 * QUERIES * T_max, *ds = p + QUERIES * T_max;
+            for (size_t h = kv * G; h < (kv + 1) * G; h++)
+                for (size_t t0 = 0; t0 < T; t0 += QUERIES) {
+                    size_t rows = min_size(QUERIES, T - t0), keys = t0 + rows, at = ((first + t0) * H + h) * D;
+                    // p = exp(scale * q k^T - lse)
+                    matmul(p, keys, q + at, H * D, 1, k_s, 1, KV * D, rows, keys, D, 0);
+                    for (size_t r = 0; r < rows; r++) {
+                        float *p_r = p + r * keys, lse_r = lse[(first + t0 + r) * H + h];
+                        size_t seen = t0 + r + 1;
+                        #pragma omp simd
+                        for (size_t j = 0; j < seen; j++) p_r[j] = exponential(scale * p_r[j] - lse_r);
+                        memset(p_r + seen, 0, (keys - seen) * sizeof(float));
+                    }
+                    // pass 3 was out = p v:                    dv += p^T dout           dp = dout v^T
+                    matmul(dv + kv_at, KV * D, p, 1, keys, dout + at, H * D, 1, keys, D, rows, 1);
+                    matmul(ds, keys, dout + at, H * D, 1, v_s, 1, KV * D, rows, keys, D, 0);
+                    // pass 2 was p = softmax(scale * scores):   dscores = scale * p (dp - sum_j p_j dp_j)
+                    // where sum_j p_j dp_j = dout . out, because out = sum_j p_j v_j and dp_j = dout . v_j
+                    for (size_t r = 0; r < rows; r++) {
+                        const float *p_r = p + r * keys, *out_r = out + at + r * H * D, *dout_r = dout + at + r * H * D;
+                        float *ds_r = ds + r * keys, mean = 0;
+                        #pragma omp simd reduction(+:mean)
+                        for (size_t d = 0; d < D; d++) mean += dout_r[d] * out_r[d];
+                        for (size_t j = 0; j < keys; j++) ds_r[j] = scale * p_r[j] * (ds_r[j] - mean);
+                    }
+                    // pass 1 was scores = q k^T:               dq = dscores k           dk += dscores^T q
+                    matmul(dq + at, H * D, ds, keys, 1, k_s, KV * D, 1, rows, D, keys, 0);
+                    matmul(dk + kv_at, KV * D, ds, 1, keys, q + at, H * D, 1, keys, D, rows, 1);
+                }
+        }
+}
+
+// h = silu(gate) * up, all (n), with silu(g) = g sigmoid(g).
+static void swiglu_forward(float *h, const float *gate, const float *up, size_t n)
+{
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) h[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+// dup = dh silu(gate)          dgate = dh up silu'(gate), silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g)))
+static void swiglu_backward(float *dgate, float *dup, const float *dh, const float *gate, const float *up, size_t n)
+{
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) {
+        float g = gate[i], sigmoid = 1.0f / (1.0f + exponential(-g));
+        dup[i] = dh[i] * g * sigmoid;
+        dgate[i] = dh[i] * up[i] * sigmoid * (1.0f + g * (1.0f - sigmoid));
+    }
+}
+
+// For each of M rows of logits (M, V): logp, the log-probability of its target, and best, its most likely token (the first on ties).
+static void crossentropy_forward(float *logp, uint32_t *best, const float *logits, const uint32_t *target, size_t M, size_t V)
+{
+    #pragma omp parallel for
+    for (size_t i = 0; i < M; i++) {
+        const float *row = logits + i * V;
+        float highest = row[0], sum = 0;
+        uint32_t at = 0;
+        for (size_t j = 1; j < V; j++)
+            if (row[j] > highest) highest = row[j], at = (uint32_t)j;
+        #pragma omp simd reduction(+:sum)
+        for (size_t j = 0; j < V; j++) sum += exponential(row[j] - highest);
+        logp[i] = row[target[i]] - highest - logf(sum);
+        best[i] = at;
+    }
+}
+
+// The loss is -weight * sum_i logp_i:     dlogits_j = weight (softmax_j - [j is the target]), written over the logits.
+// softmax_j = exp(logits_j - logit of the target + logp).
+static void crossentropy_backward(float *logits, const float *logp, const uint32_t *target, float weight, size_t M, size_t V)
+{
+    #pragma omp parallel for
+    for (size_t i = 0; i < M; i++) {
+        float *row = logits + i * V, shift = row[target[i]] - logp[i];
+        #pragma omp simd
+        for (size_t j = 0; j < V; j++) row[j] = weight * exponential(row[j] - shift);
+        row[target[i]] -= weight;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7. Adapters
+
+// The plain adapter: W = W0. The gradient of the weight itself, when it is trained (`--method full`): dW0 += dy^T x.
+static const float *plain_weight(Model *model, Tensor *t)
+{
+    (void)model;
+    return t->value;
+}
+
+static void plain_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
+{
+    (void)model;
+    if (t->grad) matmul(t->grad, t->cols, dy, 1, t->rows, x, t->cols, 1, t->rows, t->cols, N, 1);
+}
+
+static const Adapter PLAIN = { plain_weight, plain_gradient };
+
+// The key of the initial values of adapted matrix a.
+static uint64_t delta_key(const Model *model, size_t a) { return random_key(model->seed, STREAM_DELTA, a, model->draw); }
+
+// RIGSA: W = W0 + alpha * (mask . DeltaW), one pass over the matrix. Pruned entries rest at zero, where W is the pretrained weight
+// again, or (REST_INIT) frozen at their initial value, which the generator gives back.
+static const float *rigsa_weight(Model *model, Tensor *t)
+{
+    size_t a = (size_t)t->adapter, size = t->rows * t->cols;
+    const Tensor *delta = delta_tensor(model, a);
+    const float alpha = gates_tensor(model)->value[a], *w0 = t->value, *value = delta->value;
+    float *w = model->scratch;
+    if (!delta->index) {
+        #pragma omp parallel for simd
+        for (size_t i = 0; i < size; i++) w[i] = w0[i] + alpha * value[i];
+        return w;
+    }
+    if (model->rest == REST_ZERO) {
+        #pragma omp parallel for simd
+        for (size_t i = 0; i < size; i++) w[i] = w0[i];
+    } else {
+        uint64_t key = delta_key(model, a);
+        #pragma omp parallel for
+        for (size_t i = 0; i < size; i++) w[i] = w0[i] + alpha * normal(key, i, model->sigma);
+    }
+    #pragma omp parallel for
+    for (size_t k = 0; k < delta->n; k++) w[delta->index[k]] = w0[delta->index[k]] + alpha * value[k];
+    return w;
+}
+
+// Sums are taken in double over PARTS parts that do not depend on the number of threads, and the parts are added in order.
+enum { PARTS = 256 };
+
+static double sum_of_parts(const double *part)
+{
+    double sum = 0;
+    for (int p = 0; p < PARTS; p++) sum += part[p];
+    return sum;
+}
+
+// to (cols, rows) = from (rows, cols) transposed.
+static void transpose(float *to, const float *from, size_t rows, size_t cols)
+{
+    #pragma omp parallel for
+    for (size_t c0 = 0; c0 < cols; c0 += 16)
+        for (size_t r = 0; r < rows; r++)
+            for (size_t c = c0; c < min_size(cols, c0 + 16); c++) to[c * rows + r] = from[r * cols + c];
+}
+
+// Below this density it is faster to compute the surviving entries of dW one by one than all of them in a dense product.
+#define SAMPLED_BELOW 0.15
+
+// dw[k] = entry index[k] of dy^T x: only the survivors are differentiated.
+static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *transposed, size_t N)
+{
+    size_t O = delta->rows, I = delta->cols;
+    float *dy_t = transposed, *x_t = transposed + O * N;        // (O, N), (I, N): each dot product reads two rows
+    transpose(dy_t, dy, N, O);
+    transpose(x_t, x, N, I);
+    #pragma omp parallel for
+    for (size_t k = 0; k < delta->n; k++) {
+        const float *dy_o = dy_t + delta->index[k] / I * N, *x_i = x_t + delta->index[k] % I * N;
+        float sum = 0;
+        #pragma omp simd reduction(+:sum)
+        for (size_t n = 0; n < N; n++) sum += dy_o[n] * x_i[n];
+        dw[k] = sum;
+    }
+}
+
+// With dW = dy^T x:     dDeltaW += alpha * mask . dW          dalpha += sum(dW . mask . DeltaW)
+// and at REST_INIT the frozen entries, which are part of what alpha scales, add theirs to dalpha.
+static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
+{
+    size_t a = (size_t)t->adapter, size = t->rows * t->cols;
+    Tensor *delta = delta_tensor(model, a), *gates = gates_tensor(model);
+    int sampled = delta->index && model->rest == REST_ZERO && (double)delta->n < SAMPLED_BELOW * (double)size;
+    const float alpha = gates->value[a];
+    float *dw = model->scratch;
+    double part[PARTS];
+    if (sampled) sampled_product(dw, delta, x, dy, model->acts.transposed, N);
+    else matmul(dw, t->cols, dy, 1, t->rows, x, t->cols, 1, t->rows, t->cols, N, 0);
+    #pragma omp parallel for
+    for (size_t p = 0; p < PARTS; p++) {
+        double sum = 0;
+        for (size_t k = delta->n * p / PARTS; k < delta->n * (p + 1) / PARTS; k++) {
+            float *dw_k = &dw[delta->index && !sampled ? delta->index[k] : k];
+            delta->grad[k] += alpha * *dw_k;
+            sum += (double)*dw_k * delta->value[k];
+            if (model->rest == REST_INIT) *dw_k = 0;            // done; what is left in dw belongs to the frozen entries
+        }
+        part[p] = sum;
+    }
+    gates->grad[a] += (float)sum_of_parts(part);
+    if (model->rest == REST_INIT && delta->index) {
+        uint64_t key = delta_key(model, a);
+        #pragma omp parallel for
+        for (size_t p = 0; p < PARTS; p++) {
+            double sum = 0;
+            for (size_t i = size * p / PARTS; i < size * (p + 1) / PARTS; i++) sum += (double)dw[i] * normal(key, i, model->sigma);
+            part[p] = sum;
+        }
+        gates->grad[a] += (float)sum_of_parts(part);
+    }
+}
+
+static const Adapter RIGSA = { rigsa_weight, rigsa_gradient };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. Transformer
+
+// y (N, O) = x (N, I) W^T, or += with `add`.
+static void linear_forward(Model *model, float *y, Tensor *t, const float *x, size_t N, int add)
+{
+    const float *w = model->adapter.weight(model, t);
+    matmul(y, t->rows, x, t->cols, 1, w, 1, t->cols, N, t->rows, t->cols, add);
+}
+
+// dx (N, I) = dy (N, O) W, or += with `add`; the adapter adds to its gradients.
+static void linear_backward(Model *model, float *dx, Tensor *t, const float *x, const float *dy, size_t N, int add)
+{
+    const float *w = model->adapter.weight(model, t);
+    matmul(dx, t->cols, dy, t->rows, 1, w, t->cols, 1, N, t->cols, t->rows, add);
+    model->adapter.gradient(model, t, x, dy, N);
+}
+
+// From the tokens to the residual stream before the final norm, acts.layer[L].x (N, C). The layers keep what backward needs.
+static void model_forward(Model *model, const Batch *batch)
+{
+    const Config *c = &model->config;
+    Activations *acts = &model->acts;
+    size_t N = batch->N, C = c->C, F = c->F, H = c->H, KV = c->KV, D = c->D;
+    assert(N <= acts->N);
+    embedding_forward(acts->layer[0].x, model->tensors[0].value, batch->token, N, C);
+    for (size_t l = 0; l < c->L; l++) {
+        Layer *a = &acts->layer[l];
+        rmsnorm_forward(acts->xn, a->rstd1, a->x, layer_tensor(model, l, ATTN_NORM)->value, N, C, c->eps);
+        linear_forward(model, a->q, layer_tensor(model, l, WQ), acts->xn, N, 0);
+        linear_forward(model, a->k, layer_tensor(model, l, WK), acts->xn, N, 0);
+        linear_forward(model, a->v, layer_tensor(model, l, WV), acts->xn, N, 0);
+        rope(a->q, acts->cosine, acts->sine, batch->position, N, H, D, 1);
+        rope(a->k, acts->cosine, acts->sine, batch->position, N, KV, D, 1);
+        attention_forward(a->att, a->lse, a->q, a->k, a->v, acts->scores, batch->start, batch->S, H, KV, D, acts->T);
+        memcpy(a->x2, a->x, N * C * sizeof(float));
+        linear_forward(model, a->x2, layer_tensor(model, l, WO), a->att, N, 1);          // x2 = x + att Wo^T
+        rmsnorm_forward(acts->xn, a->rstd2, a->x2, layer_tensor(model, l, FFN_NORM)->value, N, C, c->eps);
+        linear_forward(model, a->gate, layer_tensor(model, l, WGATE), acts->xn, N, 0);
+        linear_forward(model, a->up, layer_tensor(model, l, WUP), acts->xn, N, 0);
+        swiglu_forward(acts->h, a->gate, a->up, N * F);
+        float *next = acts->layer[l + 1].x;
+        memcpy(next, a->x2, N * C * sizeof(float));
+        linear_forward(model, next, layer_tensor(model, l, WDOWN), acts->h, N, 1);            // x of the next layer = x2 + h Wd^T
+    }
+}
+
+// Final norm, logits and loss, at the M answer rows only and HEAD_ROWS of them at a time: with a vocabulary of 49,152 the logits of
+// a whole batch would be larger than everything else. Fills acts.logp and acts.best and returns -sum(logp). When `training`, the
+// loss counts `weight` times that, and its gradient is sent back through the head and the final norm into acts.dx (N, C) at once.
+enum { HEAD_ROWS = 512 };
+
+static double head_forward_backward(Model *model, const Batch *batch, int training, float weight)
+{
+    const Config *c = &model->config;
+    Activations *acts = &model->acts;
+    Tensor *norm = final_norm(model), *head = head_tensor(model);
+    size_t N = batch->N, M = batch->M, C = c->C, V = c->V;
+    const float *x = acts->layer[c->L].x;
+    assert(M <= acts->M);
+    for (size_t i = 0; i < M; i++) memcpy(acts->xm + i * C, x + batch->row[i] * C, C * sizeof(float));
+    rmsnorm_forward(acts->xf, acts->rstdf, acts->xm, norm->value, M, C, c->eps);
+    for (size_t i = 0; i < M; i += HEAD_ROWS) {
+        size_t rows = min_size(HEAD_ROWS, M - i);
+        matmul(acts->logits, V, acts->xf + i * C, C, 1, head->value, 1, C, rows, V, C, 0);
+        crossentropy_forward(acts->logp + i, acts->best + i, acts->logits, batch->target + i, rows, V);
+        if (!training) continue;
+        crossentropy_backward(acts->logits, acts->logp + i, batch->target + i, weight, rows, V);
+        matmul(acts->dxf + i * C, C, acts->logits, V, 1, head->value, C, 1, rows, C, V, 0);
+        if (head->grad) matmul(head->grad, C, acts->logits, 1, V, acts->xf + i * C, C, 1, V, C, rows, 1);
+    }
+    if (training) {
+        float *dxm = acts->xf;                           // done with xf: its memory holds the gradient of xm
+        memset(dxm, 0, M * C * sizeof(float));
+        rmsnorm_backward(dxm, norm->grad, acts->dxf, acts->xm, norm->value, acts->rstdf, M, C);
+        memset(acts->dx, 0, N * C * sizeof(float));
+        for (size_t i = 0; i < M; i++) memcpy(acts->dx + batch->row[i] * C, dxm + i * C, C * sizeof(float));
+    }
+    double loss = 0;
+    for (size_t i = 0; i < M; i++) loss -= acts->logp[i];
+    return loss;
+}
+
+// The mirror of model_forward: dx (N, C), the gradient of the layer's output, becomes that of its input, layer by layer.
+static void model_backward(Model *model, const Batch *batch)
+{
+    const Config *c = &model->config;
+    Activations *acts = &model->acts;
+    size_t N = batch->N, C = c->C, F = c->F, H = c->H, KV = c->KV, D = c->D;
+    float *dx = acts->dx;
+    for (size_t l = c->L; l-- > 0; ) {
+        Layer *a = &acts->layer[l];
+        Tensor *norm1 = layer_tensor(model, l, ATTN_NORM), *norm2 = layer_tensor(model, l, FFN_NORM);
+        // out = x2 + h Wd^T, h = silu(gate) up
+        swiglu_forward(acts->h, a->gate, a->up, N * F);
+        linear_backward(model, acts->dh, layer_tensor(model, l, WDOWN), acts->h, dx, N, 0);
+        swiglu_backward(acts->dgate, acts->dup, acts->dh, a->gate, a->up, N * F);
+        // gate = xn Wg^T, up = xn Wu^T, xn = rmsnorm(x2)
+        rmsnorm_forward(acts->xn, a->rstd2, a->x2, norm2->value, N, C, c->eps);
+        linear_backward(model, acts->dxn, layer_tensor(model, l, WGATE), acts->xn, acts->dgate, N, 0);
+        linear_backward(model, acts->dxn, layer_tensor(model, l, WUP), acts->xn, acts->dup, N, 1);
+        rmsnorm_backward(dx, norm2->grad, acts->dxn, a->x2, norm2->value, a->rstd2, N, C);     // dx is now the gradient of x2
+        // x2 = x + att Wo^T
+        linear_backward(model, acts->datt, layer_tensor(model, l, WO), a->att, dx, N, 0);
+        memset(acts->dk, 0, N * KV * D * sizeof(float));
+        memset(acts->dv, 0, N * KV * D * sizeof(float));
+        attention_backward(acts->dq, acts->dk, acts->dv, acts->datt, a->att, a->lse, a->q, a->k, a->v, acts->scores,
+                           batch->start, batch->S, H, KV, D, acts->T);
+        rope(acts->dq, acts->cosine, acts->sine, batch->position, N, H, D, -1);
+        rope(acts->dk, acts->cosine, acts->sine, batch->position, N, KV, D, -1);
+        // q = xn Wq^T, k = xn Wk^T, v = xn Wv^T, xn = rmsnorm(x)
+        rmsnorm_forward(acts->xn, a->rstd1, a->x, norm1->value, N, C, c->eps);
+        linear_backward(model, acts->dxn, layer_tensor(model, l, WQ), acts->xn, acts->dq, N, 0);
+        linear_backward(model, acts->dxn, layer_tensor(model, l, WK), acts->xn, acts->dk, N, 1);
+        linear_backward(model, acts->dxn, layer_tensor(model, l, WV), acts->xn, acts->dv, N, 1);
+        rmsnorm_backward(dx, norm1->grad, acts->dxn, a->x, norm1->value, a->rstd1, N, C);
+    }
+    if (model->tensors[0].grad) embedding_backward(model->tensors[0].grad, dx, batch->token, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9. AdamW
+//
+//     m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
+//     w = w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+//
+// Decay is decoupled from the gradient (Loshchilov & Hutter 2019). Only stored values exist here: an entry that a mask has removed
+// is neither stepped nor decayed, because it is not there.
+
+static const float BETA1 = 0.9f, BETA2 = 0.95f, ADAM_EPS = 1e-8f;
+
+static void adamw(float *w, const float *g, float *m, float *v, size_t n, float lr, float decay, size_t t)
+{
+    const float b1 = BETA1, b2 = BETA2;
+    const float step = (float)(lr / (1 - pow(BETA1, (double)t))), root = (float)(1 / sqrt(1 - pow(BETA2, (double)t)));
+    const float shrink = 1.0f - lr * decay;
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) {
+        m[i] = b1 * m[i] + (1 - b1) * g[i];
+        v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
+        w[i] = w[i] * shrink - step * m[i] / (sqrtf(v[i]) * root + ADAM_EPS);
+    }
+}
+
+// One update of everything that is trained, the t-th (from 1) of its pass; `factor` of the schedule scales all learning rates.
+static void model_update(Model *model, size_t t, float factor)
+{
+    for (Tensor *p = model->tensors; p < model->tensors + model->all_tensors; p++)
+        if (p->grad) adamw(p->value, p->grad, p->m, p->v, p->n, p->lr * factor, p->decay, t);
+}
+
+static void model_zero_grad(Model *model)
+{
+    for (Tensor *p = model->tensors; p < model->tensors + model->all_tensors; p++)
+        if (p->grad) memset(p->grad, 0, p->n * sizeof(float));
+}
+
+// The learning rate's factor in update t (from 1) of `updates`: a linear warm-up, a plateau, and over the last `cooldown` share of
+// the pass a line down to zero.
+static float schedule(size_t t, size_t updates, double warmup, double cooldown)
+{
+    double up = warmup * (double)updates, down = cooldown * (double)updates, left = (double)(updates - t) + 1;
+    double factor = 1;
+    if ((double)t < up) factor = (double)t / up;
+    if (left < down) factor = fmin(factor, left / down);
+    return (float)factor;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10. Pruning
+//
+// After a pass, an entry of DeltaW is a candidate if it has the sign that it started with (zero has none: it counts as flipped).
+// The largest candidates by |DeltaW| stay: k = floor(keep * candidates + 1/2) of them, ties to the lower index, within each matrix
+// or over all of them together. The rest leave the mask for good. Signs are those of DeltaW, whatever the sign of alpha.
+
+typedef struct { size_t entries, flipped, kept; } Pruned;      // of one matrix, in one round
+
+typedef struct { size_t kept, ties; float threshold; } Cut;     // how many stay: all above the threshold and some ties with it
+
+static int sign_kept(float value, float start) { return value != 0 && (value > 0) == (start > 0); }
+
+// The k-th largest of a (n), 1 <= k <= n; a is reordered (Hoare's selection).
+static float kth_largest(float *a, size_t n, size_t k)
+{
+    size_t low = 0, high = n - 1, at = k - 1;
+    while (low < high) {
+        float pivot = a[low + (high - low) / 2];
+        size_t i = low, j = high;
+        for (;;) {
+            while (a[i] > pivot) i++;
+            while (a[j] < pivot) j--;
+            if (i >= j) break;
+            float swap = a[i];
+            a[i++] = a[j];
+            a[j--] = swap;
+        }
+        if (at <= j) high = j;              // everything up to j is >= pivot, everything after it is <= pivot
+        else low = j + 1;
+    }
+    return a[at];
+}
+
+static Cut cut_magnitudes(float *magnitude, size_t n, double keep)
+{
+    Cut cut = { .kept = (size_t)floor(keep * (double)n + 0.5), .threshold = INFINITY };
+    if (cut.kept == 0) return cut;
+    cut.threshold = kth_largest(magnitude, n, cut.kept);
+    cut.ties = cut.kept;
+    for (size_t i = 0; i < n; i++) cut.ties -= magnitude[i] > cut.threshold;
+    return cut;
+}
+
+// DeltaW and the gates back to where a pass starts from.
+static void rewind_adapter(Model *model)
+{
+    for (size_t a = 0; a < matrices(model); a++) {
+        Tensor *delta = delta_tensor(model, a);
+        uint64_t key = delta_key(model, a);
+        #pragma omp parallel for
+        for (size_t k = 0; k < delta->n; k++) delta->value[k] = normal(key, delta->index ? delta->index[k] : k, model->sigma);
+        gates_tensor(model)->value[a] = 1e-6f;
+    }
+}
+
+static void trained_arenas(Model *model, Tensor *first, Tensor *end);
+
+// One round of pruning: fills pruned (matrices), shrinks what is stored to the survivors, zeroes gradients and moments, and sends
+// the survivors where `survivors` says. The magnitudes to select from borrow the memory of the gradients, which are done with.
+static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors survivors)
+{
+    size_t count = matrices(model), candidates = 0, kept = 0;
+    float *magnitude = delta_tensor(model, 0)->grad;
+    Cut *cut = allocate(count, sizeof(Cut));
+    for (size_t a = 0; a < count; a++) {
+        Tensor *delta = delta_tensor(model, a);
+        uint64_t key = delta_key(model, a);
+        pruned[a] = (Pruned){ .entries = delta->n };
+        if (over == THRESHOLD_MATRIX) candidates = 0;
+        for (size_t k = 0; k < delta->n; k++) {
+            if (sign_kept(delta->value[k], normal(key, delta->index ? delta->index[k] : k, model->sigma)))
+                magnitude[candidates++] = fabsf(delta->value[k]);
+            else pruned[a].flipped++;
+        }
+        if (over == THRESHOLD_MATRIX) kept += (cut[a] = cut_magnitudes(magnitude, candidates, keep)).kept;
+    }
+    if (over == THRESHOLD_ALL) kept = (cut[0] = cut_magnitudes(magnitude, candidates, keep)).kept;
+
+    uint32_t *index = allocate(kept, sizeof(uint32_t));
+    float *value = floats(kept + count);                        // the survivors, and after them the gates
+    size_t at = 0;
+    for (size_t a = 0; a < count; a++) {
+        Tensor *delta = delta_tensor(model, a);
+        Cut *c = &cut[over == THRESHOLD_ALL ? 0 : a];
+        uint64_t key = delta_key(model, a);
+        size_t from = at;
+        for (size_t k = 0; k < delta->n; k++) {
+            uint32_t i = delta->index ? delta->index[k] : (uint32_t)k;
+            float size = fabsf(delta->value[k]);
+            if (!sign_kept(delta->value[k], normal(key, i, model->sigma))) continue;
+            if (!(size > c->threshold || (size == c->threshold && c->ties > 0))) continue;
+            if (size == c->threshold) c->ties--;
+            index[at] = i;
+            value[at++] = delta->value[k];
+        }
+        delta->index = index + from;
+        delta->value = value + from;
+        delta->n = pruned[a].kept = at - from;
+    }
+    assert(at == kept);
+    Tensor *gates = gates_tensor(model);
+    gates->value = memcpy(value + kept, gates->value, count * sizeof(float));
+    free(model->index_arena);
+    free(model->value_arena);
+    free(cut);
+    model->index_arena = index;
+    model->value_arena = value;
+    trained_arenas(model, delta_tensor(model, 0), gates + 1);
+    if (survivors == SURVIVORS_REDRAW) model->draw++;
+    if (survivors != SURVIVORS_KEEP) rewind_adapter(model);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 11. Files (layouts in doc/model.md)
+
+typedef struct { char magic[8]; uint32_t version; char kind[4]; uint64_t length, sections; } FileHeader;
+typedef struct { char tag[16]; uint64_t length, hash; } SectionHeader;
+typedef struct { const char *tag; const void *data; size_t length; } Section;       // one to write
+typedef struct { const char *path; const char *bytes; size_t length; } File;        // one to read, mapped into memory
+
+static const char MAGIC[8] = "rigsa.c\n";
+
+static const char *mend(const char *kind)
+{
+    if (!strcmp(kind, "base")) return "make it again (dev/nano/base.bin: `make nano`)";
+    if (!strcmp(kind, "data")) return "make it again with prepro_mnist.py (files of dev/nano: `make nano`)";
+    return "train it again";
+}
+
+// Maps a file of this kind and checks that it is whole: header, length, and that its sections lie within it.
+static File file_open(const char *path, const char *kind)
+{
+    struct stat info;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0 || fstat(fd, &info)) die("%s: %s; %s", path, strerror(errno), mend(kind));
+    if (!S_ISREG(info.st_mode)) die("%s: not a file; %s", path, mend(kind));
+    File file = { path, NULL, (size_t)info.st_size };
+    if (file.length < sizeof(FileHeader)) die("%s: %zu bytes, too short to be a file of rigsa.c; %s", path, file.length, mend(kind));
+    file.bytes = mmap(NULL, file.length, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (file.bytes == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
+    close(fd);
+    FileHeader header;
+    memcpy(&header, file.bytes, sizeof header);
+    if (memcmp(header.magic, MAGIC, 8)) die("%s: not a file of rigsa.c; %s", path, mend(kind));
+    if (header.version == 0x01000000) die("%s: written on a big-endian machine; %s", path, mend(kind));
+    if (header.version != 1) die("%s: version %u, this program reads version 1", path, header.version);
+    if (memcmp(header.kind, kind, 4)) die("%s: holds `%.4s`, `%s` is needed here", path, header.kind, kind);
+    if (header.length != file.length)
+        die("%s: %zu bytes where %llu were written; %s", path, file.length, (unsigned long long)header.length, mend(kind));
+    size_t at = sizeof header;
+    for (uint64_t s = 0; s < header.sections; s++) {
+        SectionHeader head;
+        if (file.length - at < sizeof head) die("%s: a section is cut off; %s", path, mend(kind));
+        memcpy(&head, file.bytes + at, sizeof head);
+        at += sizeof head;
+        if (head.length > file.length - at || (head.length + 7) / 8 * 8 > file.length - at)
+            die("%s: section `%.16s` is cut off; %s", path, head.tag, mend(kind));
+        at += (head.length + 7) / 8 * 8;
+    }
+    if (at != file.length) die("%s: %zu bytes after the last section; %s", path, file.length - at, mend(kind));
+    return file;
+}
+
+static void file_close(File *file) { munmap((void *)file->bytes, file->length); }
+
+// A section's payload, 8-byte aligned, and its length; NULL when the file has none of this tag. Its hash is checked here.
+static const void *section(const File *file, const char *tag, size_t *length)
+{
+    FileHeader header;
+    SectionHeader head;
+    memcpy(&header, file->bytes, sizeof header);
+    size_t at = sizeof header;
+    for (uint64_t s = 0; s < header.sections; s++) {
+        memcpy(&head, file->bytes + at, sizeof head);
+        at += sizeof head;
+        if (!strncmp(head.tag, tag, sizeof head.tag)) {
+            if (hash64(file->bytes + at, head.length) != head.hash)
+                die("%s: section `%s` is damaged; %.4s files: %s", file->path, tag, header.kind, mend((char[5]){
+                    header.kind[0], header.kind[1], header.kind[2], header.kind[3], 0 }));
+            *length = head.length;
+            return file->bytes + at;
+        }
+        at += (head.length + 7) / 8 * 8;
+    }
+    *length = 0;
+    return NULL;
+}
+
+// The same for a section that must be there, with `count` values of `size` bytes each.
+static const void *needed(const File *file, const char *tag, size_t count, size_t size)
+{
+    size_t length, expected;
+    const void *data = section(file, tag, &length);
+    if (!data) die("%s: has no section `%s`", file->path, tag);
+    if (__builtin_mul_overflow(count, size, &expected) || length != expected)
+        die("%s: section `%s` has %zu bytes where %zu x %zu are needed", file->path, tag, length, count, size);
+    return data;
+}
+
+// Writes to a temporary name, syncs and renames: whatever happens, `path` is either the old file or the new one, whole.
+static void file_write(const char *path, const char *kind, const Section *sections, size_t count)
+{
+    static const char zeros[8];
+    char temporary[PATH_MAX];
+    FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
+    memcpy(header.magic, MAGIC, 8);
+    memcpy(header.kind, kind, 4);
+    for (size_t s = 0; s < count; s++) header.length += sizeof(SectionHeader) + (sections[s].length + 7) / 8 * 8;
+    snprintf(temporary, sizeof temporary, "%s.tmp", path);
+    FILE *f = fopen(temporary, "wb");
+    int good = f && fwrite(&header, sizeof header, 1, f) == 1;
+    for (size_t s = 0; good && s < count; s++) {
+        SectionHeader head = { .length = sections[s].length, .hash = hash64(sections[s].data, sections[s].length) };
+        memcpy(head.tag, sections[s].tag, min_size(strlen(sections[s].tag), sizeof head.tag));
+        size_t padding = (8 - head.length % 8) % 8;
+        good = fwrite(&head, sizeof head, 1, f) == 1 && fwrite(sections[s].data, 1, head.length, f) == head.length
+            && fwrite(zeros, 1, padding, f) == padding;
+    }
+    good = good && !fflush(f) && !fsync(fileno(f));
+    int error = errno;
+    if (f && fclose(f)) good = 0;
+    if (!good || rename(temporary, path)) {
+        unlink(temporary);
+        die("%s: cannot be written: %s", path, strerror(error ? error : errno));
+    }
+}
+
+// Examples, and evaluations: tokens, and where the answer starts. The arrays point into the mapped file.
+typedef struct {
+    File file;
+    uint32_t V;
+    size_t examples, tokens, longest, longest_answer;
+    uint32_t width;                     // bytes per token: 1, 2 or 4
+    const void *token;                  // (tokens)
+    const uint32_t *length, *answer;    // (examples)
+    size_t *offset;                     // (examples) of the first token
+    const uint32_t *glyphs;             // (glyph_count, 2) token and character, to draw an example as text
+    size_t glyph_count;
+    char column[16];                    // evaluations: heading of the column, empty for training examples
+    enum { EXACT, ACC, ACC_NORM } metric;
+    size_t questions;                   // multiple choice: consecutive examples are the choices of a question
+    const uint32_t *choices, *gold;     // (questions)
+    const uint32_t *chars;              // (examples) characters of the choice
+} Data;
+
+static uint32_t data_token(const Data *data, size_t i)
+{
+    if (data->width == 1) return ((const uint8_t *)data->token)[i];
+    if (data->width == 2) return ((const uint16_t *)data->token)[i];
+    return ((const uint32_t *)data->token)[i];
+}
+
+static void data_text(char *to, size_t size, const File *file, const char *tag)
+{
+    size_t n;
+    const char *text = section(file, tag, &n);
+    snprintf(to, size, "%.*s", text ? (int)min_size(n, size - 1) : 0, text ? text : "");
+}
+
+static Data data_open(const char *path)
+{
+    Data data = { .file = file_open(path, "data") };
+    const File *file = &data.file;
+    const uint32_t *vocab = needed(file, "vocab", 2, sizeof(uint32_t));
+    size_t n, choice_sum = 0;
+    char metric[16];
+    data.V = vocab[0];
+    data.width = vocab[1];
+    if (data.width != 1 && data.width != 2 && data.width != 4) die("%s: %u bytes per token", path, data.width);
+    section(file, "length", &n);
+    data.examples = n / sizeof(uint32_t);
+    if (data.examples == 0 || data.examples > UINT32_MAX) die("%s: holds no examples; %s", path, mend("data"));
+    data.length = needed(file, "length", data.examples, sizeof(uint32_t));
+    data.answer = needed(file, "answer", data.examples, sizeof(uint32_t));
+    data.offset = allocate(data.examples, sizeof(size_t));
+    for (size_t e = 0; e < data.examples; e++) {
+        if (data.answer[e] < 1 || data.answer[e] >= data.length[e])
+            die("%s: example %zu of %u tokens cannot have its answer at %u", path, e, data.length[e], data.answer[e]);
+        data.offset[e] = data.tokens;
+        data.tokens += data.length[e];
+        data.longest = max_size(data.longest, data.length[e]);
+        data.longest_answer = max_size(data.longest_answer, data.length[e] - data.answer[e]);
+    }
+    data.token = needed(file, "tokens", data.tokens, data.width);
+    for (size_t i = 0; i < data.tokens; i++)
+        if (data_token(&data, i) >= data.V) die("%s: token %zu is %u, beyond the vocabulary of %u", path, i, data_token(&data, i), data.V);
+    data.glyphs = section(file, "glyphs", &n);
+    data.glyph_count = n / (2 * sizeof(uint32_t));
+    data_text(data.column, sizeof data.column, file, "column");
+    data_text(metric, sizeof metric, file, "metric");
+    if (!data.column[0]) return data;
+    if (!strcmp(metric, "exact")) data.metric = EXACT;
+    else if (!strcmp(metric, "acc")) data.metric = ACC;
+    else if (!strcmp(metric, "acc_norm")) data.metric = ACC_NORM;
+    else die("%s: unknown metric `%s`", path, metric);
+    data.questions = data.examples;
+    if (data.metric == EXACT) return data;
+    section(file, "choices", &n);
+    data.questions = n / sizeof(uint32_t);
+    data.choices = needed(file, "choices", data.questions, sizeof(uint32_t));
+    data.gold = needed(file, "gold", data.questions, sizeof(uint32_t));
+    data.chars = needed(file, "chars", data.examples, sizeof(uint32_t));
+    for (size_t i = 0; i < data.questions; i++) {
+        if (data.gold[i] >= data.choices[i]) die("%s: question %zu has no choice %u", path, i, data.gold[i]);
+        choice_sum += data.choices[i];
+    }
+    for (size_t e = 0; e < data.examples; e++) if (data.chars[e] == 0) die("%s: choice %zu is empty", path, e);
+    if (choice_sum != data.examples) die("%s: %zu choices in %zu examples", path, choice_sum, data.examples);
+    return data;
+}
+
+static void base_save(const Model *model, const char *path)
+{
+    size_t n = 0;
+    Config config = model->config;
+    config.dtype = 0;
+    for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
+    file_write(path, "base", (Section[]){
+        { "config", &config, sizeof config },
+        { "name", model->name, strlen(model->name) },
+        { "weights", model->base_arena, n * sizeof(float) } }, 3);
+}
+
+// What a ticket needs besides mask, values and gates to make the same W again.
+typedef struct { uint64_t seed; uint32_t draw, rest; float sigma; } __attribute__((packed)) TicketInit;
+
+static size_t adapter_entries(Model *model)
+{
+    size_t n = 0;
+    for (size_t a = 0; a < matrices(model); a++) n += delta_tensor(model, a)->n;
+    return n;
+}
+
+static void ticket_save(Model *model, const char *path, const char *settings)
+{
+    size_t count = matrices(model), n = adapter_entries(model);
+    TicketInit init = { model->seed, model->draw, model->rest, model->sigma };
+    char base[8 + sizeof model->name];
+    memcpy(base, &model->hash, 8);
+    memcpy(base + 8, model->name, sizeof model->name);
+    uint64_t *entries = allocate(count, sizeof(uint64_t));
+    for (size_t a = 0; a < count; a++) entries[a] = delta_tensor(model, a)->n;
+    uint32_t *everywhere = NULL;                                        // a dense adapter has no index: its mask is full
+    if (!model->index_arena) {
+        everywhere = allocate(n, sizeof(uint32_t));
+        for (size_t a = 0, at = 0; a < count; a++) for (size_t k = 0; k < entries[a]; k++) everywhere[at++] = (uint32_t)k;
+    }
+    file_write(path, "tick", (Section[]){
+        { "base", base, 8 + strlen(model->name) },
+        { "settings", settings, strlen(settings) },
+        { "init", &init, sizeof init },
+        { "gates", gates_tensor(model)->value, count * sizeof(float) },
+        { "entries", entries, count * sizeof(uint64_t) },
+        { "index", everywhere ? everywhere : model->index_arena, n * sizeof(uint32_t) },
+        { "values", delta_tensor(model, 0)->value, n * sizeof(float) } }, 7);
+    free(entries);
+    free(everywhere);
+}
+
+// One number for mask, values and gates, to compare two runs by eye.
+static uint64_t ticket_hash(Model *model)
+{
+    Tensor *gates = gates_tensor(model);
+    uint64_t hash = hash64(gates->value, gates->n * sizeof(float));
+    for (size_t a = 0; a < matrices(model); a++) {
+        Tensor *delta = delta_tensor(model, a);
+        hash = mix(hash + hash64(delta->value, delta->n * sizeof(float)));
+        if (delta->index) hash = mix(hash + hash64(delta->index, delta->n * sizeof(uint32_t)));
+    }
+    return hash;
+}
+
+// Gives the model the adapter of a ticket. Its tensors are for evaluation: they have no gradients.
+static void ticket_load(Model *model, const char *path)
+{
+    File file = file_open(path, "tick");
+    size_t count = matrices(model), n = 0, length, at = 0;
+    const char *base = section(&file, "base", &length);
+    uint64_t hash;
+    if (!base || length < 8) die("%s: does not name its base", path);
+    memcpy(&hash, base, 8);
+    if (hash != model->hash)
+        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", path, (int)(length - 8), base + 8,
+            (unsigned long long)hash, model->name, (unsigned long long)model->hash);
+    const TicketInit *init = needed(&file, "init", 1, sizeof *init);
+    const uint64_t *entries = needed(&file, "entries", count, sizeof(uint64_t));
+    for (size_t a = 0; a < count; a++) {
+        Tensor *delta = delta_tensor(model, a);
+        if (entries[a] > delta->rows * delta->cols) die("%s: more entries than %s has", path, delta->name);
+        n += entries[a];
+    }
+    if (init->rest > REST_INIT || !(init->sigma >= 0)) die("%s: damaged section `init`", path);
+    model->seed = init->seed;
+    model->draw = init->draw;
+    model->rest = init->rest;
+    model->sigma = init->sigma;
+    model->index_arena = allocate(n, sizeof(uint32_t));
+    model->value_arena = floats(n + count);
+    memcpy(model->index_arena, needed(&file, "index", n, sizeof(uint32_t)), n * sizeof(uint32_t));
+    memcpy(model->value_arena, needed(&file, "values", n, sizeof(float)), n * sizeof(float));
+    memcpy(model->value_arena + n, needed(&file, "gates", count, sizeof(float)), count * sizeof(float));
+    for (size_t a = 0; a < count; at += entries[a++]) {
+        Tensor *delta = delta_tensor(model, a);
+        delta->index = model->index_arena + at;
+        delta->value = model->value_arena + at;
+        delta->n = entries[a];
+        for (size_t k = 0; k < delta->n; k++)
+            if (delta->index[k] >= delta->rows * delta->cols || (k && delta->index[k] <= delta->index[k - 1]))
+                die("%s: the index of %s is not ascending within the matrix", path, delta->name);
+    }
+    gates_tensor(model)->value = model->value_arena + n;
+    model->adapter = RIGSA;
+    file_close(&file);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 12. Memory
+
+static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const char *format, ...)
+{
+    va_list arguments;
+    *t = (Tensor){ .rows = rows, .cols = cols, .n = rows * cols, .adapter = adapter };
+    va_start(arguments, format);
+    vsnprintf(t->name, sizeof t->name, format, arguments);
+    va_end(arguments);
+}
+
+static void check_config(const Config *c, const char *path)
+{
+    struct { const char *name; uint32_t value; } sizes[] = { { "dim", c->C }, { "ffn", c->F }, { "layers", c->L }, { "heads", c->H },
+        { "kv_heads", c->KV }, { "head_dim", c->D }, { "vocab", c->V } };
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i].value < 1 || sizes[i].value > 1 << 20) die("%s: %s is %u", path, sizes[i].name, sizes[i].value);
+    if (c->H % c->KV) die("%s: %u heads cannot share %u kv_heads evenly", path, c->H, c->KV);
+    if (c->D % 2) die("%s: head_dim is %u, rotary positions need an even one", path, c->D);
+    if (c->tied > 1 || c->dtype > 1) die("%s: tied is %u, dtype is %u, both must be 0 or 1", path, c->tied, c->dtype);
+    if (!(c->theta > 0) || !(c->eps > 0) || !isfinite(c->theta) || !isfinite(c->eps)) die("%s: theta is %g, eps is %g", path, c->theta, c->eps);
+    uint64_t widest = max_size(max_size((size_t)c->F * c->C, (size_t)c->H * c->D * c->C), 1);
+    if (widest > UINT32_MAX) die("%s: a matrix of %llu entries is too large for 32-bit indices", path, (unsigned long long)widest);
+}
+
+// The table: base tensors in the order of the file, then DeltaW of every adapted matrix, then the gates.
+static void build_table(Model *model)
+{
+    const Config *c = &model->config;
+    size_t C = c->C, F = c->F, V = c->V, heads = (size_t)c->H * c->D, kv_heads = (size_t)c->KV * c->D;
+    model->base_tensors = 1 + (size_t)c->L * PER_LAYER + 1 + !c->tied;
+    model->all_tensors = model->base_tensors + matrices(model) + 1;
+    Tensor *t = model->tensors = allocate(model->all_tensors, sizeof(Tensor));
+    int a = 0;
+    tensor_row(t++, V, C, -1, "embed");
+    for (uint32_t l = 0; l < c->L; l++) {
+        tensor_row(t++, 1, C, -1, "%u.attn_norm", l);
+        tensor_row(t++, heads, C, a++, "%u.q", l);
+        tensor_row(t++, kv_heads, C, a++, "%u.k", l);
+        tensor_row(t++, kv_heads, C, a++, "%u.v", l);
+        tensor_row(t++, C, heads, a++, "%u.o", l);
+        tensor_row(t++, 1, C, -1, "%u.ffn_norm", l);
+        tensor_row(t++, F, C, a++, "%u.gate", l);
+        tensor_row(t++, F, C, a++, "%u.up", l);
+        tensor_row(t++, C, F, a++, "%u.down", l);
+    }
+    tensor_row(t++, 1, C, -1, "final_norm");
+    if (!c->tied) tensor_row(t++, V, C, -1, "head");
+    for (Tensor *w = model->tensors; w < model->tensors + model->base_tensors; w++)
+        if (w->adapter >= 0) tensor_row(t++, w->rows, w->cols, -1, "%.24s.delta", w->name);
+    tensor_row(t, 1, matrices(model), -1, "gates");
+}
+
+// Reads a base file: its configuration, the table, and the weights, widened to fp32 if they are bf16.
+static void base_load(Model *model, const char *path)
+{
+    File file = file_open(path, "base");
+    memcpy(&model->config, needed(&file, "config", 1, sizeof(Config)), sizeof(Config));
+    check_config(&model->config, path);
+    build_table(model);
+    data_text(model->name, sizeof model->name, &file, "name");
+    size_t n = 0, bytes = model->config.dtype ? 2 : 4, at = 0;
+    for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
+    const void *weights = needed(&file, "weights", n, bytes);
+    model->hash = hash64(weights, n * bytes);
+    model->base_arena = floats(n);
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; at += t++->n) t->value = model->base_arena + at;
+    if (bytes == 4) memcpy(model->base_arena, weights, n * 4);
+    else for (size_t i = 0; i < n; i++) {
+        uint32_t wide = (uint32_t)((const uint16_t *)weights)[i] << 16;
+        memcpy(&model->base_arena[i], &wide, 4);
+    }
+    file_close(&file);
+    model->adapter = PLAIN;
+}
+
+// Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
+static void trained_arenas(Model *model, Tensor *first, Tensor *end)
+{
+    size_t n = 0, at = 0;
+    free(model->grad_arena);
+    free(model->m_arena);
+    free(model->v_arena);
+    for (Tensor *t = first; t < end; t++) n += t->n;
+    model->grad_arena = floats(n);
+    model->m_arena = floats(n);
+    model->v_arena = floats(n);
+    for (Tensor *t = first; t < end; at += t++->n) {
+        t->grad = model->grad_arena + at;
+        t->m = model->m_arena + at;
+        t->v = model->v_arena + at;
+    }
+}
+
+// A dense adapter at its initial values, with gradients and moments.
+static void adapter_alloc(Model *model)
+{
+    size_t at = 0;
+    Tensor *gates = gates_tensor(model);
+    model->value_arena = floats(adapter_entries(model) + gates->n);
+    for (Tensor *t = delta_tensor(model, 0); t <= gates; at += t++->n) t->value = model->value_arena + at;
+    trained_arenas(model, delta_tensor(model, 0), gates + 1);
+    rewind_adapter(model);
+    model->adapter = RIGSA;
+}
+
+static size_t largest_matrix(const Model *model)
+{
+    size_t largest = 0;
+    for (size_t i = 0; i < model->base_tensors; i++)
+        if (model->tensors[i].adapter >= 0) largest = max_size(largest, model->tensors[i].n);
+    return largest;
+}
+
+// An arena is walked twice: without memory, to count, and with it, to hand it out.
+typedef struct { float *memory; size_t used; } Arena;
+
+static float *take(Arena *arena, size_t n)
+{
+    float *p = arena->memory ? arena->memory + arena->used : NULL;
+    arena->used += (n + 15) / 16 * 16;                      // every array starts on a cache line
+    return p;
+}
+
+// Lays out activations for batches of up to N rows, sequences of T and M answer rows. Only training keeps every layer and needs
+// gradients: without it all layers share the memory of the first.
+static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M, int training)
+{
+    const Config *c = &model->config;
+    Activations *a = &model->acts;
+    size_t C = c->C, F = c->F, HD = (size_t)c->H * c->D, KVD = (size_t)c->KV * c->D;
+    for (size_t l = 0; l <= c->L; l++) {
+        Layer *layer = &a->layer[l];
+        if (l && !training) { *layer = a->layer[0]; continue; }
+        layer->x = take(arena, N * C);
+        if (l == c->L) break;
+        layer->rstd1 = take(arena, N);
+        layer->q = take(arena, N * HD);
+        layer->k = take(arena, N * KVD);
+        layer->v = take(arena, N * KVD);
+        layer->att = take(arena, N * HD);
+        layer->lse = take(arena, N * c->H);
+        layer->x2 = take(arena, N * C);
+        layer->rstd2 = take(arena, N);
+        layer->gate = take(arena, N * F);
+        layer->up = take(arena, N * F);
+    }
+    a->N = N, a->T = T, a->M = M;
+    a->xn = take(arena, N * C);
+    a->h = take(arena, N * F);
+    a->scores = take(arena, (size_t)omp_get_max_threads() * 2 * QUERIES * T);
+    a->cosine = take(arena, T * c->D / 2);
+    a->sine = take(arena, T * c->D / 2);
+    a->xm = take(arena, M * C);
+    a->xf = take(arena, M * C);
+    a->rstdf = take(arena, M);
+    a->logits = take(arena, min_size(HEAD_ROWS, M) * c->V);
+    a->logp = take(arena, M);
+    a->best = (uint32_t *)take(arena, M);
+    if (!training) return;
+    a->dx = take(arena, N * C);
+    a->dxn = take(arena, N * C);
+    a->dq = take(arena, N * HD);
+    a->dk = take(arena, N * KVD);
+    a->dv = take(arena, N * KVD);
+    a->datt = take(arena, N * HD);
+    a->dgate = take(arena, N * F);
+    a->dup = take(arena, N * F);
+    a->dh = take(arena, N * F);
+    a->dxf = take(arena, M * C);
+    a->transposed = take(arena, N * (C + max_size(F, HD)));
+}
+
+static size_t acts_alloc(Model *model, size_t N, size_t T, size_t M, int training, int really)
+{
+    Arena arena = { 0 };
+    if (!model->acts.layer) model->acts.layer = allocate(model->config.L + 1, sizeof(Layer));
+    acts_layout(model, &arena, N, T, M, training);
+    if (!really) return arena.used;
+    arena = (Arena){ .memory = floats(arena.used) };
+    acts_layout(model, &arena, N, T, M, training);
+    rope_table(model->acts.cosine, model->acts.sine, T, model->config.D, model->config.theta);
+    model->scratch = floats(largest_matrix(model));
+    return arena.used;
+}
+
+static Batch batch_alloc(size_t N, size_t M)
+{
+    return (Batch){ .token = allocate(N, 4), .start = allocate(N + 1, 4), .position = allocate(N, 4), .row = allocate(M, 4),
+                    .target = allocate(M, 4) };
+}
+
+// Lays example e at the end of the batch.
+static void batch_add(Batch *batch, const Data *data, size_t e)
+{
+    for (uint32_t t = 0; t < data->length[e]; t++) {
+        batch->token[batch->N + t] = data_token(data, data->offset[e] + t);
+        batch->position[batch->N + t] = t;
+        if (t < data->answer[e]) continue;
+        batch->row[batch->M] = (uint32_t)batch->N + t - 1;      // the row before a token predicts it
+        batch->target[batch->M++] = batch->token[batch->N + t];
+    }
+    batch->start[batch->S++] = (uint32_t)batch->N;
+    batch->N += data->length[e];
+    batch->start[batch->S] = (uint32_t)batch->N;
+}
+
+static void batch_clear(Batch *batch) { batch->N = batch->S = batch->M = 0; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 13. Evaluation
+
+typedef struct { double value, error; } Score;          // a share of right answers and its standard error
+
+static Score score_of(size_t right, size_t count)
+{
+    double p = (double)right / (double)count;
+    return (Score){ p, sqrt(p * (1 - p) / (double)count) };
+}
+
+// What the model makes of one example.
+typedef struct { double logp; int exact; uint32_t said; } Verdict;     // said: its first answer token
+
+// Verdicts on the examples from `first` on, as many as fit into one batch; returns how many.
+static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *data, size_t first)
+{
+    size_t e = first, i = 0;
+    const Activations *acts = &model->acts;
+    batch_clear(batch);
+    while (e < data->examples && batch->N + data->length[e] <= acts->N && batch->M + data->length[e] - data->answer[e] <= acts->M)
+        batch_add(batch, data, e++);
+    model_forward(model, batch);
+    head_forward_backward(model, batch, 0, 0);
+    for (size_t j = first; j < e; j++) {
+        verdict[j] = (Verdict){ 0, 1, acts->best[i] };
+        for (size_t end = i + data->length[j] - data->answer[j]; i < end; i++) {
+            verdict[j].logp += acts->logp[i];
+            verdict[j].exact &= acts->best[i] == batch->target[i];
+        }
+    }
+    return e - first;
+}
+
+static Score score_verdicts(const Verdict *verdict, const Data *data)
+{
+    size_t right = 0;
+    if (data->metric == EXACT) {
+        for (size_t e = 0; e < data->examples; e++) right += verdict[e].exact;
+        return score_of(right, data->examples);
+    }
+    for (size_t i = 0, e = 0; i < data->questions; e += data->choices[i++]) {
+        size_t best = 0;
+        double best_score = -INFINITY;
+        for (size_t choice = 0; choice < data->choices[i]; choice++) {
+            double score = verdict[e + choice].logp / (data->metric == ACC_NORM ? data->chars[e + choice] : 1);
+            if (score > best_score) best_score = score, best = choice;
+        }
+        right += best == data->gold[i];
+    }
+    return score_of(right, data->questions);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 14. Options
+
+enum { MAX_EVALS = 16 };
+enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL };
+
+typedef struct {
+    char *base, *data, *evals[MAX_EVALS], *out, *ticket;
+    int method, rest, survivors, threshold, overwrite;
+    double examples, ticket_examples, rounds, batch, micro, seed;
+    double lr, alpha_lr, sigma, weight_decay, keep, warmup, cooldown;
+} Options;
+
+static Options opt;
+
+typedef enum { TEXT, LIST, COUNT, REAL, CHOICE, FLAG } OptionType;
+
+typedef struct {
+    const char *name;
+    OptionType type;
+    void *where;
+    const char *range;          // of a number "low to high", inclusive; the choices "a|b|c", the value is the index
+    const char *start;          // the default, written as a user would
+    const char *help;
+} Option;
+
+#define NANO "dev/nano/"
+static const Option table[] = {
+    { "base", TEXT, &opt.base, "FILE", NANO "base.bin", "the pretrained model" },
+    { "data", TEXT, &opt.data, "FILE", NANO "digits_train.bin", "training examples of the new task" },
+    { "eval", LIST, opt.evals, "FILE", NANO "digits_test.bin " NANO "addition.bin " NANO "sizes.bin " NANO "packing.bin",
+      "evaluation set; repeatable: the first is the target, the others what must not be forgotten" },
+    { "out", TEXT, &opt.out, "FOLDER", "out", "for the table, the settings and the ticket" },
+    { "method", CHOICE, &opt.method, "rigsa|full|eval", "rigsa", "gated sparse adapter, full fine-tuning, or only evaluate" },
+    { "ticket", TEXT, &opt.ticket, "FILE", "", "with --method eval: the base with this adapter" },
+    { "examples", COUNT, &opt.examples, "0 to 1e12", "12800", "examples of a pass, 0: all of them once" },
+    { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000", "of the last pass, which trains the winning ticket" },
+    { "rounds", COUNT, &opt.rounds, "0 to 100", "5", "rounds of training and pruning before the last pass" },
+    { "batch", COUNT, &opt.batch, "1 to 1e6", "16", "examples per update" },
+    { "micro", COUNT, &opt.micro, "0 to 1e6", "0", "examples per forward pass, to save memory; 0: the whole batch" },
+    { "lr", REAL, &opt.lr, "0 to 10", "0.01", "learning rate of DeltaW (full: of every weight, default 0.001)" },
+    { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.003", "learning rate of the gates" },
+    { "warmup", REAL, &opt.warmup, "0 to 1", "0.05", "share of a pass over which the learning rates rise from 0" },
+    { "cooldown", REAL, &opt.cooldown, "0 to 1", "0", "share over which they fall back to 0; in the last pass they always fall" },
+    { "sigma", REAL, &opt.sigma, "0 to 1e6", "0.06", "standard deviation of DeltaW's initial values" },
+    { "weight-decay", REAL, &opt.weight_decay, "0 to 1e6", "1", "decoupled decay of DeltaW (full: of matrices, default 0.1)" },
+    { "keep", REAL, &opt.keep, "0 to 1", "0.8", "share of the candidates that a round keeps" },
+    { "rest", CHOICE, &opt.rest, "zero|init", "zero", "where a pruned entry rests: at zero, or frozen at its initial value" },
+    { "survivors", CHOICE, &opt.survivors, "rewind|keep|redraw", "rewind", "back to initial values, kept, or drawn afresh" },
+    { "threshold", CHOICE, &opt.threshold, "matrix|all", "matrix", "compare magnitudes within each matrix, or over all" },
+    { "seed", COUNT, &opt.seed, "0 to 9e15", "1", "of DeltaW and of the order of the data" },
+    { "overwrite", FLAG, &opt.overwrite, "", "", "replace the run that the output folder holds" },
+};
+enum { OPTIONS = sizeof table / sizeof *table };
+static int given[OPTIONS];                  // how often the user named it
+
+static void usage(void)
+{
+    printf("Trains a RIGSA adapter for a SmolLM2 language model.\n\n    ./train_rigsa [--option value ...]\n\n");
+    for (const Option *o = table; o < table + OPTIONS; o++) {
+        printf("  --%s %s\n        %s", o->name, o->range, o->help);
+        printf(*o->start ? " (default %s)\n" : "\n", o->start);
+    }
+    printf("  --help\n        this text\n");
+    exit(0);
+}
+
+static double parse_number(const Option *o, const char *text)
+{
+    char *end;
+    double low, high, number = strtod(text, &end);
+    if (end == text || *end || isspace((unsigned char)*text) || !isfinite(number)) die("--%s: `%s` is not a number", o->name, text);
+    if (o->type == COUNT && number != floor(number)) die("--%s: `%s` is not a whole number", o->name, text);
+    sscanf(o->range, "%lf to %lf", &low, &high);
+    if (number < low || number > high) die("--%s: %s is not in %s", o->name, text, o->range);
+    return number;
+}
+
+// The place of the word in "a|b|c", or -1.
+static int parse_choice(const char *words, const char *text)
+{
+    for (int i = 0; ; i++, words++) {
+        size_t length = strcspn(words, "|");
+        if (strlen(text) == length && !strncmp(words, text, length)) return i;
+        words += length;
+        if (!*words) return -1;
+    }
+}
+
+// Appends to a list of at most MAX_EVALS.
+static void list_add(const Option *o, char **list, char *text)
+{
+    size_t n = 0;
+    while (n < MAX_EVALS && list[n]) n++;
+    if (n == MAX_EVALS) die("--%s: at most %d of them", o->name, MAX_EVALS);
+    list[n] = text;
+}
+
+static void option_set(const Option *o, char *text)
+{
+    switch (o->type) {
+    case TEXT: *(char **)o->where = text; break;
+    case LIST: list_add(o, o->where, text); break;
+    case COUNT: case REAL: *(double *)o->where = parse_number(o, text); break;
+    case FLAG: *(int *)o->where = 1; break;
+    case CHOICE:
+        *(int *)o->where = parse_choice(o->range, text);
+        if (*(int *)o->where < 0) die("--%s: `%s` is none of %s", o->name, text, o->range);
+    }
+}
+
+static int option_find(const char *name)
+{
+    for (int i = 0; i < OPTIONS; i++) if (!strcmp(table[i].name, name)) return i;
+    return -1;
+}
+
+// One `name value` a line: what is printed at the start and saved with the run.
+static void write_settings(FILE *to)
+{
+    for (const Option *o = table; o < table + OPTIONS; o++) {
+        if (o->type == FLAG || (o->type == TEXT && !**(char **)o->where)) continue;
+        fprintf(to, "%-16s", o->name);
+        if (o->type == TEXT) fprintf(to, " %s", *(char **)o->where);
+        if (o->type == LIST) for (char **e = o->where; e < (char **)o->where + MAX_EVALS && *e; e++) fprintf(to, " %s", *e);
+        if (o->type == COUNT || o->type == REAL) fprintf(to, " %.15g", *(double *)o->where);
+        if (o->type == CHOICE) {
+            const char *word = o->range;
+            for (int i = 0; i < *(int *)o->where; i++) word += strcspn(word, "|") + 1;
+            fprintf(to, " %.*s", (int)strcspn(word, "|"), word);
+        }
+        fputc('\n', to);
+    }
+}
+
+static void parse_options(int argc, char **argv)
+{
+    for (const Option *o = table; o < table + OPTIONS; o++) {
+        char *copy = strdup(o->start);
+        if (o->type == LIST) for (char *word; (word = strsep(&copy, " ")); ) option_set(o, word);
+        else if (o->type != FLAG) option_set(o, copy);
+    }
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help")) usage();
+        int found = strncmp(argv[i], "--", 2) ? -1 : option_find(argv[i] + 2);
+        if (found < 0) die("unknown option `%s`; ./train_rigsa --help lists them all", argv[i]);
+        const Option *o = &table[found];
+        if (given[found] && o->type != LIST) die("--%s is given twice", o->name);
+        if (!given[found]++ && o->type == LIST) memset(o->where, 0, MAX_EVALS * sizeof(char *));     // the first replaces the default
+        if (o->type != FLAG && i + 1 == argc) die("--%s needs a value: %s", o->name, o->range);
+        option_set(o, o->type == FLAG ? NULL : argv[++i]);
+    }
+    if (opt.method == METHOD_FULL) {                    // what full fine-tuning has other defaults for
+        if (!given[option_find("lr")]) opt.lr = 1e-3;
+        if (!given[option_find("weight-decay")]) opt.weight_decay = 0.1;
+    }
+    if (opt.method != METHOD_EVAL && *opt.ticket) die("--ticket goes with --method eval");
+    if (opt.lr * opt.weight_decay >= 1) die("--lr %g times --weight-decay %g is not below 1: one update would erase DeltaW", opt.lr, opt.weight_decay);
+    if (opt.micro == 0 || opt.micro > opt.batch) opt.micro = opt.batch;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 15. Training
+
+// One row of the paper's table.
+typedef struct {
+    char label[16];
+    double density, kept, flipped;      // of the entries trained; kept and flipped are NAN where nothing was pruned
+    Score score[MAX_EVALS];
+    double seconds;                     // since the start
+} Row;
+
+// Everything that a run holds.
+typedef struct {
+    Model model;
+    Data data, eval[MAX_EVALS];
+    size_t evals, passes;
+    Batch batch;
+    Verdict *verdict;                   // of the largest evaluation set
+    Row *row;                           // the base, then one per pass
+    size_t rows;
+    double start, work, done;           // seconds; operations of the whole run, and so far
+    int terminal, forecast;
+} Run;
+
+static const char *duration(double s, char text[32])
+{
+    if (s < 120) snprintf(text, 32, "%.0f s", s);
+    else if (s < 7200) snprintf(text, 32, "%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
+    else snprintf(text, 32, "%.0f h %02.0f min", floor(s / 3600), floor(fmod(s, 3600) / 60));
+    return text;
+}
+
+// Operations per row of a forward pass, and of a backward pass that differentiates `density` of the linear weights.
+static double forward_work(const Model *model, double T)
+{
+    double linear = 0;
+    for (size_t i = 0; i < model->base_tensors; i++) if (model->tensors[i].adapter >= 0) linear += (double)model->tensors[i].n;
+    return 2 * linear + 2 * T * model->config.L * model->config.H * model->config.D;
+}
+
+static double backward_work(const Model *model, double T, double density)
+{
+    double attention = 2 * T * model->config.L * model->config.H * model->config.D, linear = forward_work(model, T) - attention;
+    return linear * (1 + density) + 2.5 * attention;
+}
+
+// The line at the bottom of a terminal; a pipe does not see it.
+static void progress(Run *run, const char *what, double part, double loss, double tokens_per_second)
+{
+    char left[32];
+    double elapsed = seconds() - run->start;
+    if (!run->terminal) return;
+    printf("\r\033[K  %-8s %3.0f %%", what, 100 * part);
+    if (loss >= 0) printf("   loss %.4f   %.0f tokens/s", loss, tokens_per_second);
+    if (run->done > 0) printf("   %s left", duration(elapsed * (run->work - run->done) / run->done, left));
+    fflush(stdout);
+}
+
+static void clear_line(const Run *run) { if (run->terminal) printf("\r\033[K"); }
+
+static Score evaluate(Run *run, const Data *data)
+{
+    double work = forward_work(&run->model, (double)data->tokens / (double)data->examples), last = seconds();
+    for (size_t e = 0; e < data->examples; ) {
+        size_t n = judge(&run->model, run->verdict, &run->batch, data, e);
+        run->done += work * (double)run->batch.N;
+        e += n;
+        if (seconds() - last < 0.2) continue;
+        progress(run, data->column, (double)e / (double)data->examples, -1, 0);
+        last = seconds();
+    }
+    return score_verdicts(run->verdict, data);
+}
+
+// The examples of one pass: whole permutations of the data, a fresh one each time round, cut off at `count`.
+static uint32_t *visit_order(const Data *data, size_t count, uint64_t seed, size_t pass)
+{
+    uint32_t *order = allocate((count + data->examples - 1) / data->examples * data->examples, sizeof(uint32_t));
+    for (size_t at = 0, epoch = 0; at < count; at += data->examples, epoch++)
+        shuffle(order + at, data->examples, random_key(seed, STREAM_ORDER, pass, epoch));
+    return order;
+}
+
+// Gradients of the mean loss over the answer tokens of `count` examples, added up over forward passes of `micro` examples.
+static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
+{
+    const Data *data = &run->data;
+    size_t answers = 0;
+    double loss = 0;
+    for (size_t i = 0; i < count; i++) answers += data->length[example[i]] - data->answer[example[i]];
+    model_zero_grad(&run->model);
+    for (size_t i = 0; i < count; ) {
+        batch_clear(&run->batch);
+        for (size_t end = min_size(count, i + (size_t)opt.micro); i < end; i++) batch_add(&run->batch, data, example[i]);
+        model_forward(&run->model, &run->batch);
+        loss += head_forward_backward(&run->model, &run->batch, 1, 1.0f / (float)answers);
+        model_backward(&run->model, &run->batch);
+    }
+    return loss / (double)answers;
+}
+
+// One pass over `count` examples.
+static void train_pass(Run *run, const char *label, size_t pass, size_t count, double density, double cooldown)
+{
+    size_t batch = (size_t)opt.batch, updates = (count + batch - 1) / batch, tokens = 0;
+    uint32_t *order = visit_order(&run->data, count, run->model.seed, pass);
+    double T = (double)run->data.tokens / (double)run->data.examples, smooth = -1, begin = seconds(), last = begin;
+    double work = forward_work(&run->model, T) + backward_work(&run->model, T, density);
+    for (size_t t = 1; t <= updates; t++) {
+        size_t first = (t - 1) * batch, size = min_size(batch, count - first);
+        double loss = loss_and_gradient(run, order + first, size);
+        if (!isfinite(loss)) die("%s: the loss of update %zu is not finite; a smaller --lr or --alpha-lr may help", label, t);
+        model_update(&run->model, t, schedule(t, updates, opt.warmup, cooldown));
+        for (size_t i = first; i < first + size; i++) tokens += run->data.length[order[i]];
+        smooth = smooth < 0 ? loss : 0.95 * smooth + 0.05 * loss;
+        run->done += work * T * (double)size;
+        double now = seconds();
+        if (!run->forecast && now - begin > 2) {
+            char whole[32];
+            clear_line(run);
+            printf("forecast: %s for the whole run, at %.0f tokens/s\n", duration((now - run->start) * run->work / run->done, whole),
+                   (double)tokens / (now - begin));
+            run->forecast = 1;
+        }
+        if (now - last > 0.2) progress(run, label, (double)t / (double)updates, smooth, (double)tokens / (now - begin)), last = now;
+    }
+    free(order);
+}
+
+static void print_heading(const Run *run)
+{
+    printf("\n%-8s %8s %6s %8s", "round", "density", "kept", "flipped");
+    for (size_t i = 0; i < run->evals; i++) printf(" %15.15s", run->eval[i].column);
+    printf(" %9s\n", "time");
+}
+
+static void print_row(const Run *run, const Row *row)
+{
+    char time[32];
+    printf("%-8s", row->label);
+    if (isnan(row->density)) printf(" %8s", "-");
+    else printf(" %8.4f", row->density);
+    if (isnan(row->kept)) printf(" %6s %8s", "-", "-");
+    else printf(" %6.3f %8.3f", row->kept, row->flipped);
+    for (size_t i = 0; i < run->evals; i++) printf("  %.4f +-%.4f", row->score[i].value, row->score[i].error);
+    printf(" %9s\n", duration(row->seconds, time));
+}
+
+// Written anew after each row, so that a run that is cut off leaves what it had.
+static void save_table(const Run *run)
+{
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/table.csv", opt.out);
+    FILE *f = fopen(path, "w");
+    if (!f) die("%s: cannot be written: %s", path, strerror(errno));
+    fprintf(f, "round,density,kept,flipped");
+    for (size_t i = 0; i < run->evals; i++) fprintf(f, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
+    fprintf(f, ",seconds\n");
+    for (const Row *row = run->row; row < run->row + run->rows; row++) {
+        fprintf(f, "%s,%.6f,%.6f,%.6f", row->label, row->density, row->kept, row->flipped);
+        for (size_t i = 0; i < run->evals; i++) fprintf(f, ",%.6f,%.6f", row->score[i].value, row->score[i].error);
+        fprintf(f, ",%.1f\n", row->seconds);
+    }
+    if (fclose(f)) die("%s: cannot be written: %s", path, strerror(errno));
+}
+
+// Evaluates the model as it is and adds the row to the table.
+static Row *add_row(Run *run, const char *label, double density)
+{
+    Row *row = &run->row[run->rows++];
+    *row = (Row){ .density = density, .kept = NAN, .flipped = NAN };
+    snprintf(row->label, sizeof row->label, "%s", label);
+    for (size_t i = 0; i < run->evals; i++) row->score[i] = evaluate(run, &run->eval[i]);
+    row->seconds = seconds() - run->start;
+    clear_line(run);
+    return row;
+}
+
+// Kept and flipped shares, over all and for each kind of matrix.
+static void report_pruning(Row *row, const Pruned *pruned, size_t count)
+{
+    Pruned kind[ADAPTED] = { 0 }, all = { 0 };
+    for (size_t a = 0; a < count; a++)
+        for (Pruned *p = &kind[a % ADAPTED]; p; p = p == &all ? NULL : &all) {
+            p->entries += pruned[a].entries;
+            p->flipped += pruned[a].flipped;
+            p->kept += pruned[a].kept;
+        }
+    row->kept = all.entries ? (double)all.kept / (double)all.entries : 0;
+    row->flipped = all.entries ? (double)all.flipped / (double)all.entries : 0;
+    printf("  kept/flipped:");
+    for (int k = 0; k < ADAPTED; k++) {
+        double entries = (double)max_size(kind[k].entries, 1);
+        printf("  %s %.2f/%.2f", KIND[k], (double)kind[k].kept / entries, (double)kind[k].flipped / entries);
+    }
+    printf("\n");
+}
+
+static char glyph(const Data *data, uint32_t token)
+{
+    for (size_t g = 0; g < data->glyph_count; g++) if (data->glyphs[2 * g] == token) return (char)data->glyphs[2 * g + 1];
+    return 0;
+}
+
+// The first three examples of the target side by side, as the text that the model reads, with its answers.
+static void draw_examples(Run *run)
+{
+    enum { SHOWN = 3, LINES = 64, WIDTH = 32 };
+    const Data *data = &run->eval[0];
+    size_t shown = min_size(SHOWN, data->examples), lines = 0;
+    static char text[LINES][SHOWN][WIDTH + 1];
+    if (!data->glyphs) return;
+    for (size_t e = 0; e < shown; ) e += judge(&run->model, run->verdict, &run->batch, data, e);
+    for (size_t e = 0; e < shown; e++) {
+        size_t line = 0, column = 0;
+        for (uint32_t t = 0; t < data->answer[e]; t++) {
+            char c = glyph(data, data_token(data, data->offset[e] + t));
+            if (c == '\n') line += column > 0, column = 0;
+            else if (c && line < LINES && column < WIDTH) text[line][e][column++] = c;
+        }
+        lines = max_size(lines, min_size(line, LINES));
+    }
+    printf("\n");
+    for (size_t line = 0; line < lines; line++) {
+        for (size_t e = 0; e < shown; e++) printf("  %-*s", WIDTH, text[line][e]);
+        printf("\n");
+    }
+    for (size_t e = 0; e < shown; e++)
+        printf("  read as %c, is %c%*s", glyph(data, run->verdict[e].said), glyph(data, data_token(data, data->offset[e] + data->answer[e])),
+               WIDTH - 15, "");
+    printf("\n");
+}
+
+// Makes the output folder, and keeps the user from losing the run that it may hold.
+static void prepare_folder(void)
+{
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/settings.txt", opt.out);
+    if (mkdir(opt.out, 0777) && errno != EEXIST) die("%s: cannot be made: %s", opt.out, strerror(errno));
+    if (!opt.overwrite && !access(path, F_OK)) die("%s holds a run; name another folder with --out, or add --overwrite", opt.out);
+    FILE *f = fopen(path, "w");
+    if (!f) die("%s: cannot be written: %s", path, strerror(errno));
+    write_settings(f);
+    if (fclose(f)) die("%s: cannot be written: %s", path, strerror(errno));
+}
+
+static void load_data(Run *run)
+{
+    const char *base = opt.base;
+    uint32_t V = run->model.config.V;
+    size_t largest = 0;
+    if (opt.method != METHOD_EVAL) run->data = data_open(opt.data);
+    if (run->data.V && run->data.V != V) die("%s has a vocabulary of %u, %s of %u", opt.data, run->data.V, base, V);
+    for (; run->evals < MAX_EVALS && opt.evals[run->evals]; run->evals++) {
+        const char *path = opt.evals[run->evals];
+        Data *eval = &run->eval[run->evals];
+        *eval = data_open(path);
+        if (!eval->column[0]) die("%s: has no column and metric, it is not an evaluation set", path);
+        if (eval->V != V) die("%s has a vocabulary of %u, %s of %u", path, eval->V, base, V);
+        largest = max_size(largest, eval->examples);
+    }
+    run->verdict = allocate(largest, sizeof(Verdict));
+}
+
+// What the run needs, printed before any of it is allocated; then allocated. Also counts the run's operations, for the forecast.
+static void plan(Run *run)
+{
+    Model *model = &run->model;
+    const Config *c = &model->config;
+    int training = opt.method != METHOD_EVAL;
+    size_t weights = 0, adapted = 0, T = run->data.longest, M = run->data.longest_answer * (size_t)opt.micro;
+    size_t N = run->data.longest * (size_t)opt.micro;
+    for (size_t i = 0; i < model->base_tensors; i++) {
+        weights += model->tensors[i].n;
+        if (model->tensors[i].adapter >= 0) adapted += model->tensors[i].n;
+    }
+    if (!training) N = 2048, M = 512;
+    for (size_t i = 0; i < run->evals; i++) {
+        T = max_size(T, run->eval[i].longest);
+        N = max_size(N, run->eval[i].longest);
+        M = max_size(M, run->eval[i].longest_answer);
+    }
+    if (T > c->context) printf("note: sequences of %zu tokens, the base was made for %u\n", T, c->context);
+    size_t trained = opt.method == METHOD_FULL ? weights : opt.method == METHOD_RIGSA ? adapted + matrices(model) : 0;
+    size_t acts = acts_alloc(model, N, T, M, training, 0);
+    size_t bytes[] = { weights, opt.method == METHOD_RIGSA ? trained : 0, trained, 2 * trained, acts, largest_matrix(model) };
+    const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch" };
+    double total = 0;
+    printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
+           model->name, weights, c->L, c->C, c->V, adapted, matrices(model));
+    for (int i = 0; i < 6; total += 4e-6 * (double)bytes[i++]) if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
+    printf(" together %.1f MB\n", total);
+
+    double pass_work = 0, eval_work = 0, mean = run->data.examples ? (double)run->data.tokens / (double)run->data.examples : 0, density = 1;
+    if (opt.examples == 0) opt.examples = (double)run->data.examples;
+    if (opt.ticket_examples == 0) opt.ticket_examples = (double)run->data.examples;
+    run->passes = opt.method == METHOD_RIGSA ? (size_t)opt.rounds + 1 : opt.method == METHOD_FULL;
+    for (size_t p = 1; p <= run->passes; p++, density *= 0.51) {
+        double examples = opt.method == METHOD_RIGSA && p == run->passes ? opt.ticket_examples : opt.examples;
+        pass_work += (forward_work(model, mean) + backward_work(model, mean, density)) * mean * examples;
+    }
+    for (size_t i = 0; i < run->evals; i++)
+        eval_work += forward_work(model, (double)run->eval[i].tokens / (double)run->eval[i].examples) * (double)run->eval[i].tokens;
+    run->work = pass_work + eval_work * (double)(run->passes + 1);
+    printf("work     %.3g TFLOP in %zu passes and %zu evaluations, on %d threads\n", 1e-12 * run->work, run->passes, run->passes + 1,
+           omp_get_max_threads());
+#ifndef _OPENMP
+    printf("note: built without OpenMP: one thread, and all loops slower\n");
+#endif
+    acts_alloc(model, N, T, M, training, 1);
+    run->batch = batch_alloc(N, M);
+    run->row = allocate(run->passes + 1, sizeof(Row));
+}
+
+static char *settings_text(void)
+{
+    char *text;
+    size_t size;
+    FILE *f = open_memstream(&text, &size);
+    write_settings(f);
+    fclose(f);
+    return text;
+}
+
+// Five rounds of training and pruning, then the winning ticket.
+static void run_rigsa(Run *run)
+{
+    Model *model = &run->model;
+    size_t count = matrices(model), full = 0, rounds = (size_t)opt.rounds;
+    char path[PATH_MAX], label[16];
+    Pruned *pruned = allocate(count, sizeof(Pruned));
+    model->seed = (uint64_t)opt.seed;
+    model->sigma = (float)opt.sigma;
+    model->rest = (Rest)opt.rest;
+    adapter_alloc(model);
+    full = adapter_entries(model);
+    for (size_t a = 0; a < count; a++) {
+        delta_tensor(model, a)->lr = (float)opt.lr;
+        delta_tensor(model, a)->decay = (float)opt.weight_decay;
+    }
+    gates_tensor(model)->lr = (float)opt.alpha_lr;
+    for (size_t round = 1; round <= rounds + 1; round++) {
+        int last = round == rounds + 1;
+        double density = (double)adapter_entries(model) / (double)full;
+        snprintf(label, sizeof label, last ? "ticket" : "%zu", round);
+        train_pass(run, label, round, (size_t)(last ? opt.ticket_examples : opt.examples), density, last ? 1 : opt.cooldown);
+        Row *row = add_row(run, label, density);
+        if (!last) {
+            prune(model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
+            report_pruning(row, pruned, count);
+        }
+        print_row(run, row);
+        save_table(run);
+    }
+    snprintf(path, sizeof path, "%s/ticket.bin", opt.out);
+    char *settings = settings_text();
+    ticket_save(model, path, settings);
+    free(settings);
+    free(pruned);
+}
+
+// Every weight is trained: the way a base is made, and the baseline that shows what forgetting is.
+static void run_full(Run *run)
+{
+    Model *model = &run->model;
+    char path[PATH_MAX];
+    trained_arenas(model, model->tensors, model->tensors + model->base_tensors);
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
+        t->lr = (float)opt.lr;
+        t->decay = t->rows > 1 ? (float)opt.weight_decay : 0;
+    }
+    train_pass(run, "full", 1, (size_t)opt.examples, 1, opt.cooldown);
+    print_row(run, add_row(run, "full", NAN));
+    save_table(run);
+    snprintf(path, sizeof path, "%s/model.bin", opt.out);
+    base_save(model, path);
+}
+
+#ifndef TESTING
+int main(int argc, char **argv)
+{
+    static Run run;
+    Model *model = &run.model;
+    parse_options(argc, argv);
+    run.start = seconds();
+    run.terminal = isatty(1);
+    base_load(model, opt.base);
+    load_data(&run);
+    if (opt.method != METHOD_EVAL) prepare_folder();
+    write_settings(stdout);
+    plan(&run);
+    if (*opt.ticket) ticket_load(model, opt.ticket);
+    print_heading(&run);
+    print_row(&run, add_row(&run, *opt.ticket ? "ticket" : "base", NAN));
+    if (opt.method == METHOD_RIGSA) run_rigsa(&run);
+    if (opt.method == METHOD_FULL) run_full(&run);
+    if (run.passes > 1) {
+        print_heading(&run);
+        for (size_t i = 0; i < run.rows; i++) print_row(&run, &run.row[i]);
+    }
+    draw_examples(&run);
+    if (opt.method == METHOD_RIGSA) {
+        size_t n = adapter_entries(model), full = 0;
+        for (size_t a = 0; a < matrices(model); a++) full += delta_tensor(model, a)->rows * delta_tensor(model, a)->cols;
+        printf("\nticket: density %.4f, %zu entries, hash %016llx\n", (double)n / (double)full, n, (unsigned long long)ticket_hash(model));
+    }
+    return 0;
+}
+#endif
