@@ -64,6 +64,7 @@
 static int omp_get_max_threads(void) { return 1; }
 static int omp_get_num_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
+static int omp_in_parallel(void) { return 0; }
 #endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the file formats are little-endian, and so must the machine be"
@@ -97,30 +98,36 @@ enum { ATTN_NORM, WQ, WK, WV, WO, FFN_NORM, WGATE, WUP, WDOWN, PER_LAYER, ADAPTE
 
 // Sequences laid end to end. Everything but rope and attention sees only N rows; nothing is padded.
 typedef struct {
-    size_t N, S, M;
+    size_t n;
+    uint32_t *row;             // (n) which rows of the batch; NULL: all of them
+    uint32_t *start;           // (S + 1) the first of each sequence; start[S] = n
+    uint32_t *position;        // (n) of the row within its sequence
+} Rows;
+
+typedef struct {
+    size_t S;
+    Rows all, answer;          // the N rows, and the M of them that predict an answer token
     uint32_t *token;           // (N)
-    uint32_t *start;           // (S + 1) first row of each sequence; start[S] = N
-    uint32_t *position;        // (N) of the row within its sequence
-    uint32_t *row;             // (M) the rows that predict an answer token
-    uint32_t *target;          // (M) the token that each of them should predict
+    uint32_t *target;          // (M) the token that each answer row should predict
 } Batch;
 
 // What a layer keeps for its backward pass. What is cheap to compute again is not kept: norm outputs and the gated product.
+// In the last layer only answer rows go on after k and v, because nothing reads the others: there, R = M, and R = N elsewhere.
 typedef struct {
     float *x;                  // (N, C) input of the layer
     float *rstd1;              // (N) 1 / rms of x
-    float *q;                  // (N, H, D) queries, rotated
+    float *q;                  // (R, H, D) queries, rotated
     float *k, *v;              // (N, KV, D) keys, rotated, and values
-    float *att;                // (N, H, D) what attention gathered
-    float *lse;                // (N, H) log of the sum of the exponentials of the scores
-    float *x2;                 // (N, C) after attention's residual
-    float *rstd2;              // (N)
-    float *gate, *up;          // (N, F) the two halves of SwiGLU, before the activation
+    float *att;                // (R, H, D) what attention gathered
+    float *lse;                // (R, H) log of the sum of the exponentials of the scores
+    float *x2;                 // (R, C) after attention's residual
+    float *rstd2;              // (R)
+    float *gate, *up;          // (R, F) the two halves of SwiGLU, before the activation
 } Layer;
 
 typedef struct {
     size_t N, T, M;            // the largest batch, sequence and number of answer rows that fit
-    Layer *layer;              // (L + 1) the last one holds only x, the input of the final norm
+    Layer *layer;              // (L + 1) the last one holds only x (M, C), the input of the final norm
     float *xn, *h;             // (N, C), (N, F) norm output, gated product
     float *dx, *dxn;           // (N, C)
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
@@ -128,8 +135,8 @@ typedef struct {
     float *transposed;         // (O + I, N) of the largest matrix: dy^T and x^T for the sampled gradient
     float *scores;             // (threads, 2, QUERIES, T) attention's block of scores and its gradient
     float *cosine, *sine;      // (T, D / 2)
-    float *xm, *xf, *rstdf;    // (M, C), (M, C), (M): answer rows, their final norm, 1 / rms
-    float *dxf;                // (M, C)
+    float *xm, *dxm;           // (M, C) answer rows picked out of N, and their gradient
+    float *xf, *dxf, *rstdf;   // (M, C), (M, C), (M) output of the final norm, its gradient, 1 / rms
     float *logits;             // (HEAD_ROWS, V) of a slice of the answer rows
     float *logp;               // (M) log-probability of the target
     uint32_t *best;            // (M) the most likely token
@@ -195,7 +202,7 @@ static void die(const char *format, ...)
 static void *allocate(size_t count, size_t size)
 {
     size_t bytes;
-    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX - 64) die("out of memory: %zu x %zu bytes", count, size);
+    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX - 64) die("out of memory: %zu x %zu", count, size);
     bytes = (bytes + 64) / 64 * 64;
     void *p = aligned_alloc(64, bytes);
     if (!p) die("out of memory: %.2f GB more are needed", 1e-9 * (double)bytes);
@@ -216,7 +223,7 @@ static double seconds(void)
 
 #define GOLDEN 0x9E3779B97F4A7C15u          // 2^64 / golden ratio: consecutive multiples are spread evenly
 
-// The finalizer of splitmix64 (Steele, Lea & Flood 2014): a bijection of 64 bits in which each input bit flips half of the others.
+// The finalizer of splitmix64 (Steele, Lea & Flood 2014): a bijection of 64 bits; each input bit flips half of the others.
 static inline uint64_t mix(uint64_t z)
 {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
@@ -258,9 +265,9 @@ static uint64_t random_key(uint64_t seed, uint64_t stream, uint64_t a, uint64_t 
     return mix(mix(mix(mix(seed + GOLDEN) + stream) + a) + b);
 }
 
-// Normal with standard deviation sigma. The number of ones among 64 random bits is binomial, nearly normal out to 8 sigma but in
-// steps of sigma / 4; two 16-bit uniforms, each one step wide, fill the steps (density piecewise linear, kurtosis 2.97). Twice the
-// sum plus one is odd, so the value is never zero and always has a sign. Its variance is (2 << 16)^2 (64 / 4 + 2 / 12).
+// Normal with standard deviation sigma. The number of ones among 64 random bits is binomial: nearly normal out to 8 sigma, but
+// in steps of sigma / 4. Two 16-bit uniforms, each one step wide, fill the steps (density piecewise linear, kurtosis 2.97).
+// Twice the sum plus one is odd, so the value is never zero and always has a sign. Its variance is 2^34 (64 / 4 + 2 / 12).
 static inline float normal(uint64_t key, uint64_t index, float sigma)
 {
     uint64_t coins = mix(key + (2 * index + 1) * GOLDEN), fill = mix(key + (2 * index + 2) * GOLDEN);
@@ -283,16 +290,16 @@ static void shuffle(uint32_t *order, size_t n, uint64_t key)
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. Exponential
 //
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial (the coefficients are those of Cephes' expf) times a power
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial (with the coefficients of Cephes' expf) times a power
 // of two. Within 2 ulp of the true value; 0 below -87, infinity above 88.72, and NaN stays NaN. Unlike libm's it has no branch
 // and no call, so the loops around it become vector code.
 
 static inline float exponential(float x)
 {
     const float round_magic = 12582912.0f;          // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    float clamped = x < -88.0f ? -88.0f : x > 89.0f ? 89.0f : x;
-    float n = (clamped * 1.44269504f + round_magic) - round_magic;
-    float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    float bounded = x > -88.0f ? x < 89.0f ? x : 89.0f : -88.0f;      // a NaN becomes a number here, and comes back in r
+    float n = (bounded * 1.44269504f + round_magic) - round_magic;
+    float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -309,15 +316,15 @@ static inline float exponential(float x)
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. Matmul
 //
-// c (M, N) = a (M, K) b (K, N), or += when `add` is set. Rows of c are ldc apart. a and b may be stored either way round: element
-// (i, k) of a is a[i * a_row + k * a_col], so a transpose is two strides exchanged. The three products of a linear layer
+// c (M, N) = a (M, K) b (K, N), or += when `add` is set. Rows of c are ldc apart. a and b may be stored either way round:
+// element (i, k) of a is a[i * a_row + k * a_col], so a transpose is two strides exchanged. The three products of a linear layer
 //
 //     y  (N, O)  = x (N, I) W^T       dx (N, I) = dy (N, O) W       dW (O, I) = dy^T x
 //
 // are all this one function, and so are those of attention.
 
-static void matmul_naive(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
-                         size_t M, size_t N, size_t K, int add)
+static void matmul_naive(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
+                         const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
 {
     for (size_t i = 0; i < M; i++)
         for (size_t j = 0; j < N; j++) {
@@ -343,26 +350,28 @@ enum { LANES = 8, MR = 6, NV = 2 };
 #else
 enum { LANES = 4, MR = 6, NV = 2 };
 #endif
-// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them: a slice
-// of b, KC x NC, that all threads share and that stays in L2 and L3, and each thread's block of a, MC x KC, that stays in L2.
+// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them: a
+// slice of b, KC x NC, which all threads share and which stays in L2 and L3, and per thread a block of a, MC x KC, in L2.
 enum { NR = NV * LANES, KC = 288, MC = 96, NC = 32 * NR };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static _Thread_local float packed_a[MC * KC] __attribute__((aligned(64)));
 static _Thread_local float packed_b[KC * NC] __attribute__((aligned(64)));
 
-// c (rows <= MR, cols <= NR) = or += a packed panel of a times a packed panel of b. The panels are padded with zeros.
-static void matmul_tile(float *c, size_t ldc, const float *pa, const float *pb, size_t K, size_t rows, size_t cols, int add)
+// c (rows <= MR, cols <= NR) = or += MR rows of a, whose element (r, k) is a[r * a_row + k * a_col], times a packed panel of b.
+static inline __attribute__((always_inline))
+void matmul_tile(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *pb, size_t K,
+                 size_t rows, size_t cols, int add)
 {
     vec sum[MR][NV] = { 0 };
-    for (size_t k = 0; k < K; k++, pa += MR, pb += NR) {
+    for (size_t k = 0; k < K; k++, a += a_col, pb += NR) {
         vec b[NV];
         #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) b[v] = *(const vec *)(pb + v * LANES);
         #pragma GCC unroll 8
         for (int r = 0; r < MR; r++)
             #pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) sum[r][v] += pa[r] * b[v];
+            for (int v = 0; v < NV; v++) sum[r][v] += a[(size_t)r * a_row] * b[v];
     }
     if (rows == MR && cols == NR) {
         #pragma GCC unroll 8
@@ -380,48 +389,72 @@ static void matmul_tile(float *c, size_t ldc, const float *pa, const float *pb, 
 }
 
 // to (K, width) = the strip of `width` rows (or columns) that starts at from; `used` of them exist, the others become zero.
+// Neighbours are `across` apart, steps of k `along`. 16 steps at a time, so that what is read and written stays in L1.
 static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K)
 {
-    if (used < width) memset(to, 0, K * width * sizeof(float));
-    if (across == 1)
-        for (size_t k = 0; k < K; k++)
-            for (size_t j = 0; j < used; j++) to[k * width + j] = from[k * along + j];
-    else
-        for (size_t j = 0; j < used; j++)
-            for (size_t k = 0; k < K; k++) to[k * width + j] = from[j * across + k * along];
+    for (size_t k0 = 0; k0 < K; k0 += 16) {
+        size_t end = min_size(K, k0 + 16);
+        if (across == 1)
+            for (size_t k = k0; k < end; k++)
+                for (size_t j = 0; j < used; j++) to[k * width + j] = from[k * along + j];
+        else
+            for (size_t j = 0; j < used; j++)
+                for (size_t k = k0; k < end; k++) to[k * width + j] = from[j * across + k * along];
+        for (size_t k = k0; k < end; k++)
+            for (size_t j = used; j < width; j++) to[k * width + j] = 0;
+    }
 }
 
-// Threads share the rows of c and never a sum, so that the result has the same bits for any number of them.
-static void matmul(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
-                   size_t M, size_t N, size_t K, int add)
+// The part of one thread, `id` of a team that shares `pb`: every threads-th panel of b to pack, then every threads-th block of c.
+static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
+                        size_t M, size_t N, size_t K, int add, float *pb, size_t id, size_t threads)
 {
-    if (K == 0 && !add)
-        for (size_t i = 0; i < M; i++) memset(c + i * ldc, 0, N * sizeof(float));
-    float *pb = packed_b;                                // the calling thread's, shared by its team
-    #pragma omp parallel
-    {
-        size_t threads = (size_t)omp_get_num_threads();
-        size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
-        size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
-        float *pa = packed_a;
-        for (size_t j0 = 0; j0 < N; j0 += NC)
-            for (size_t k0 = 0; k0 < K; k0 += KC) {
-                size_t nc = min_size(NC, N - j0), kc = min_size(KC, K - k0);
-                #pragma omp for
-                for (size_t j = 0; j < nc; j += NR)
-                    matmul_pack(pb + j * kc, b + k0 * b_row + (j0 + j) * b_col, b_col, b_row, NR, min_size(NR, nc - j), kc);
-                #pragma omp for
-                for (size_t i0 = 0; i0 < M; i0 += mc) {
-                    size_t rows = min_size(mc, M - i0);
-                    for (size_t i = 0; i < rows; i += MR)
-                        matmul_pack(pa + i * kc, a + (i0 + i) * a_row + k0 * a_col, a_row, a_col, MR, min_size(MR, rows - i), kc);
-                    for (size_t j = 0; j < nc; j += NR)
-                        for (size_t i = 0; i < rows; i += MR)
-                            matmul_tile(c + (i0 + i) * ldc + j0 + j, ldc, pa + i * kc, pb + j * kc, kc,
-                                        min_size(MR, rows - i), min_size(NR, nc - j), add || k0 > 0);
+    size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
+    size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
+    float *pa = packed_a;
+    for (size_t j0 = 0; j0 < N; j0 += NC)
+        for (size_t k0 = 0; k0 < K; k0 += KC) {
+            size_t nc = min_size(NC, N - j0), kc = min_size(KC, K - k0);
+            for (size_t j = id * NR; j < nc; j += threads * NR)
+                matmul_pack(pb + j * kc, b + k0 * b_row + (j0 + j) * b_col, b_col, b_row, NR, min_size(NR, nc - j), kc);
+            if (threads > 1) {
+                #pragma omp barrier
+            }
+            for (size_t i0 = id * mc; i0 < M; i0 += threads * mc) {
+                size_t rows = min_size(mc, M - i0), direct = a_col == 1 ? rows / MR * MR : 0;
+                const float *a0 = a + i0 * a_row + k0 * a_col;
+                for (size_t i = direct; i < rows; i += MR)
+                    matmul_pack(pa + i * kc, a0 + i * a_row, a_row, a_col, MR, min_size(MR, rows - i), kc);
+                for (size_t j = 0; j < nc; j += NR) {
+                    float *c0 = c + i0 * ldc + j0 + j;
+                    size_t cols = min_size(NR, nc - j);
+                    for (size_t i = 0; i < direct; i += MR)
+                        matmul_tile(c0 + i * ldc, ldc, a0 + i * a_row, a_row, 1, pb + j * kc, kc, MR, cols, add || k0);
+                    for (size_t i = direct; i < rows; i += MR)
+                        matmul_tile(c0 + i * ldc, ldc, pa + i * kc, 1, MR, pb + j * kc, kc, min_size(MR, rows - i), cols, add || k0);
                 }
             }
+            if (threads > 1) {
+                #pragma omp barrier
+            }
+        }
+}
+
+// Threads share the rows of c and never a sum, so that the result has the same bits for any number of them. Called by one thread
+// among others (attention does), it works alone.
+static void matmul(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
+                   const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
+{
+    float *pb = packed_b;                                // the calling thread's, for its whole team
+    if (K == 0 && !add)
+        for (size_t i = 0; i < M; i++) memset(c + i * ldc, 0, N * sizeof(float));
+    if (omp_in_parallel()) {
+        matmul_part(c, ldc, a, a_row, a_col, b, b_row, b_col, M, N, K, add, pb, 0, 1);
+        return;
     }
+    #pragma omp parallel
+    matmul_part(c, ldc, a, a_row, a_col, b, b_row, b_col, M, N, K, add, pb,
+                (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -460,7 +493,8 @@ static void rmsnorm_forward(float *out, float *rstd, const float *x, const float
 // With y_c = x_c r w_c and r = (mean(x^2) + eps)^(-1/2), so that dr/dx_c = -r^3 x_c / C:
 //     dx_c += r w_c dy_c - x_c r^3 / C sum_j(dy_j w_j x_j)          dw_c += sum_n dy_c x_c r
 // dw is NULL when the norm is frozen.
-static void rmsnorm_backward(float *dx, float *dw, const float *dy, const float *x, const float *w, const float *rstd, size_t N, size_t C)
+static void rmsnorm_backward(float *dx, float *dw, const float *dy, const float *x, const float *w, const float *rstd,
+                             size_t N, size_t C)
 {
     #pragma omp parallel for
     for (size_t n = 0; n < N; n++) {
@@ -491,9 +525,10 @@ static void rope_table(float *cosine, float *sine, size_t T, size_t D, float the
         }
 }
 
-// Rotates the pairs (i, i + D/2) of every head of x (N, heads, D), in place, by the angle of the row's position. The backward pass
-// of a rotation is the rotation back: direction -1.
-static void rope(float *x, const float *cosine, const float *sine, const uint32_t *position, size_t N, size_t heads, size_t D, float direction)
+// Rotates the pairs (i, i + D/2) of every head of x (N, heads, D), in place, by the angle of the row's position. The backward
+// pass of a rotation is the rotation back: direction -1.
+static void rope(float *x, const float *cosine, const float *sine, const uint32_t *position, size_t N, size_t heads, size_t D,
+                 float direction)
 {
     size_t half = D / 2;
     #pragma omp parallel for
@@ -511,31 +546,33 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
     }
 }
 
-// Causal attention with grouped queries: head h of q (N, H, D) reads head h / G of k and v (N, KV, D), within its sequence and
-// not beyond its own row. QUERIES rows at a time meet all keys that they may see, so memory grows with T and never with T^2.
-// `scores` has room for 2 * QUERIES * T floats per thread. Two tasks never write to the same row: one per sequence and kv head.
+// Causal attention with grouped queries: head h of q (R, H, D) reads head h / G of k and v (N, KV, D). A row of `query` sees the
+// keys of its own sequence, key_start[s] and on, up to its own position. QUERIES rows at a time meet all keys that they may see,
+// so memory grows with T and never with T^2: `scores` has room for 2 * QUERIES * T_max floats per thread. There is one task per
+// sequence and kv head, and no two tasks write to the same place.
 enum { QUERIES = 64 };
 
 static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v, float *scores,
-                              const uint32_t *start, size_t S, size_t H, size_t KV, size_t D, size_t T_max)
+                              const Rows *query, const uint32_t *key_start,
+                              size_t S, size_t H, size_t KV, size_t D, size_t T_max)
 {
     size_t G = H / KV;
     float scale = 1.0f / sqrtf((float)D);
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t s = 0; s < S; s++)
         for (size_t kv = 0; kv < KV; kv++) {
-            size_t first = start[s], T = start[s + 1] - first;
-            const float *k_s = k + (first * KV + kv) * D, *v_s = v + (first * KV + kv) * D;      // (T, D), rows KV * D apart
-            float *p = scores + (size_t)omp_get_thread_num() * 2 * QUERIES * T_max;              // (rows, keys)
+            const float *k_s = k + (key_start[s] * KV + kv) * D, *v_s = v + (key_start[s] * KV + kv) * D;   // rows KV * D apart
+            float *p = scores + (size_t)omp_get_thread_num() * 2 * QUERIES * T_max;                         // (rows, keys)
             for (size_t h = kv * G; h < (kv + 1) * G; h++)
-                for (size_t t0 = 0; t0 < T; t0 += QUERIES) {
-                    size_t rows = min_size(QUERIES, T - t0), keys = t0 + rows, at = ((first + t0) * H + h) * D;
+                for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += QUERIES) {
+                    size_t rows = min_size(QUERIES, query->start[s + 1] - r0), at = (r0 * H + h) * D;
+                    size_t keys = query->position[r0 + rows - 1] + 1;
                     // pass 1: scores = q k^T
                     matmul(p, keys, q + at, H * D, 1, k_s, 1, KV * D, rows, keys, D, 0);
                     // pass 2: p = softmax(scale * scores) over the keys up to the row's own
                     for (size_t r = 0; r < rows; r++) {
                         float *p_r = p + r * keys, highest = p_r[0], sum = 0;
-                        size_t seen = t0 + r + 1;
+                        size_t seen = query->position[r0 + r] + 1;
                         #pragma omp simd reduction(max:highest)
                         for (size_t j = 0; j < seen; j++) highest = p_r[j] > highest ? p_r[j] : highest;
                         #pragma omp simd reduction(+:sum)
@@ -546,7 +583,7 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
                         float normalise = 1.0f / sum;
                         for (size_t j = 0; j < seen; j++) p_r[j] *= normalise;
                         memset(p_r + seen, 0, (keys - seen) * sizeof(float));
-                        lse[(first + t0 + r) * H + h] = scale * highest + logf(sum);
+                        lse[(r0 + r) * H + h] = scale * highest + logf(sum);
                     }
                     // pass 3: out = p v
                     matmul(out + at, H * D, p, keys, 1, v_s, KV * D, 1, rows, D, keys, 0);
@@ -557,24 +594,26 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
 // The passes in reverse; p is computed again from q, k and lse. dq is written; dk and dv, which G heads share, accumulate.
 static void attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse,
                                const float *q, const float *k, const float *v, float *scores,
-                               const uint32_t *start, size_t S, size_t H, size_t KV, size_t D, size_t T_max)
+                               const Rows *query, const uint32_t *key_start,
+                               size_t S, size_t H, size_t KV, size_t D, size_t T_max)
 {
     size_t G = H / KV;
     float scale = 1.0f / sqrtf((float)D);
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t s = 0; s < S; s++)
         for (size_t kv = 0; kv < KV; kv++) {
-            size_t first = start[s], T = start[s + 1] - first, kv_at = (first * KV + kv) * D;
+            size_t kv_at = (key_start[s] * KV + kv) * D;
             const float *k_s = k + kv_at, *v_s = v + kv_at;
             float *p = scores + (size_t)omp_get_thread_num() * 2 * QUERIES * T_max, *ds = p + QUERIES * T_max;
             for (size_t h = kv * G; h < (kv + 1) * G; h++)
-                for (size_t t0 = 0; t0 < T; t0 += QUERIES) {
-                    size_t rows = min_size(QUERIES, T - t0), keys = t0 + rows, at = ((first + t0) * H + h) * D;
+                for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += QUERIES) {
+                    size_t rows = min_size(QUERIES, query->start[s + 1] - r0), at = (r0 * H + h) * D;
+                    size_t keys = query->position[r0 + rows - 1] + 1;
                     // p = exp(scale * q k^T - lse)
                     matmul(p, keys, q + at, H * D, 1, k_s, 1, KV * D, rows, keys, D, 0);
                     for (size_t r = 0; r < rows; r++) {
-                        float *p_r = p + r * keys, lse_r = lse[(first + t0 + r) * H + h];
-                        size_t seen = t0 + r + 1;
+                        float *p_r = p + r * keys, lse_r = lse[(r0 + r) * H + h];
+                        size_t seen = query->position[r0 + r] + 1;
                         #pragma omp simd
                         for (size_t j = 0; j < seen; j++) p_r[j] = exponential(scale * p_r[j] - lse_r);
                         memset(p_r + seen, 0, (keys - seen) * sizeof(float));
@@ -616,7 +655,7 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, const flo
     }
 }
 
-// For each of M rows of logits (M, V): logp, the log-probability of its target, and best, its most likely token (the first on ties).
+// For each row of logits (M, V): logp, the log-probability of its target, and best, its most likely token (the first on ties).
 static void crossentropy_forward(float *logp, uint32_t *best, const float *logits, const uint32_t *target, size_t M, size_t V)
 {
     #pragma omp parallel for
@@ -667,8 +706,8 @@ static const Adapter PLAIN = { plain_weight, plain_gradient };
 // The key of the initial values of adapted matrix a.
 static uint64_t delta_key(const Model *model, size_t a) { return random_key(model->seed, STREAM_DELTA, a, model->draw); }
 
-// RIGSA: W = W0 + alpha * (mask . DeltaW), one pass over the matrix. Pruned entries rest at zero, where W is the pretrained weight
-// again, or (REST_INIT) frozen at their initial value, which the generator gives back.
+// RIGSA: W = W0 + alpha * (mask . DeltaW), one pass over the matrix. Pruned entries rest at zero, where W is the pretrained
+// weight again, or (REST_INIT) frozen at their initial value, which the generator gives back.
 static const float *rigsa_weight(Model *model, Tensor *t)
 {
     size_t a = (size_t)t->adapter, size = t->rows * t->cols;
@@ -761,7 +800,8 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
         #pragma omp parallel for
         for (size_t p = 0; p < PARTS; p++) {
             double sum = 0;
-            for (size_t i = size * p / PARTS; i < size * (p + 1) / PARTS; i++) sum += (double)dw[i] * normal(key, i, model->sigma);
+            for (size_t i = size * p / PARTS; i < size * (p + 1) / PARTS; i++)
+                sum += (double)dw[i] * normal(key, i, model->sigma);
             part[p] = sum;
         }
         gates->grad[a] += (float)sum_of_parts(part);
@@ -788,38 +828,61 @@ static void linear_backward(Model *model, float *dx, Tensor *t, const float *x, 
     model->adapter.gradient(model, t, x, dy, N);
 }
 
-// From the tokens to the residual stream before the final norm, acts.layer[L].x (N, C). The layers keep what backward needs.
+// The chosen rows of from (N, C), next to each other; from itself when all are chosen.
+static const float *gather(float *to, const float *from, const Rows *rows, size_t C)
+{
+    if (!rows->row) return from;
+    for (size_t i = 0; i < rows->n; i++) memcpy(to + i * C, from + rows->row[i] * C, C * sizeof(float));
+    return to;
+}
+
+// Its backward pass: to (N, C) += from, row by row.
+static void scatter(float *to, const float *from, const Rows *rows, size_t C)
+{
+    for (size_t i = 0; i < rows->n; i++)
+        for (size_t c = 0; c < C; c++) to[rows->row[i] * C + c] += from[i * C + c];
+}
+
+// The rows that a layer's queries, attention output and feed-forward are computed for.
+static const Rows *query_rows(const Model *model, const Batch *batch, size_t l)
+{
+    return l + 1 == model->config.L ? &batch->answer : &batch->all;
+}
+
+// From the tokens to the residual stream before the final norm, acts.layer[L].x (M, C). The layers keep what backward needs.
 static void model_forward(Model *model, const Batch *batch)
 {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
-    size_t N = batch->N, C = c->C, F = c->F, H = c->H, KV = c->KV, D = c->D;
-    assert(N <= acts->N);
+    size_t N = batch->all.n, C = c->C, F = c->F, H = c->H, KV = c->KV, D = c->D;
+    assert(N <= acts->N && batch->answer.n <= acts->M);
     embedding_forward(acts->layer[0].x, model->tensors[0].value, batch->token, N, C);
     for (size_t l = 0; l < c->L; l++) {
         Layer *a = &acts->layer[l];
+        const Rows *rows = query_rows(model, batch, l);
+        size_t R = rows->n;
         rmsnorm_forward(acts->xn, a->rstd1, a->x, layer_tensor(model, l, ATTN_NORM)->value, N, C, c->eps);
-        linear_forward(model, a->q, layer_tensor(model, l, WQ), acts->xn, N, 0);
+        linear_forward(model, a->q, layer_tensor(model, l, WQ), gather(acts->xm, acts->xn, rows, C), R, 0);
         linear_forward(model, a->k, layer_tensor(model, l, WK), acts->xn, N, 0);
         linear_forward(model, a->v, layer_tensor(model, l, WV), acts->xn, N, 0);
-        rope(a->q, acts->cosine, acts->sine, batch->position, N, H, D, 1);
-        rope(a->k, acts->cosine, acts->sine, batch->position, N, KV, D, 1);
-        attention_forward(a->att, a->lse, a->q, a->k, a->v, acts->scores, batch->start, batch->S, H, KV, D, acts->T);
-        memcpy(a->x2, a->x, N * C * sizeof(float));
-        linear_forward(model, a->x2, layer_tensor(model, l, WO), a->att, N, 1);          // x2 = x + att Wo^T
-        rmsnorm_forward(acts->xn, a->rstd2, a->x2, layer_tensor(model, l, FFN_NORM)->value, N, C, c->eps);
-        linear_forward(model, a->gate, layer_tensor(model, l, WGATE), acts->xn, N, 0);
-        linear_forward(model, a->up, layer_tensor(model, l, WUP), acts->xn, N, 0);
-        swiglu_forward(acts->h, a->gate, a->up, N * F);
+        rope(a->q, acts->cosine, acts->sine, rows->position, R, H, D, 1);
+        rope(a->k, acts->cosine, acts->sine, batch->all.position, N, KV, D, 1);
+        attention_forward(a->att, a->lse, a->q, a->k, a->v, acts->scores, rows, batch->all.start, batch->S, H, KV, D, acts->T);
+        memcpy(a->x2, gather(acts->xm, a->x, rows, C), R * C * sizeof(float));
+        linear_forward(model, a->x2, layer_tensor(model, l, WO), a->att, R, 1);              // x2 = x + att Wo^T
+        rmsnorm_forward(acts->xn, a->rstd2, a->x2, layer_tensor(model, l, FFN_NORM)->value, R, C, c->eps);
+        linear_forward(model, a->gate, layer_tensor(model, l, WGATE), acts->xn, R, 0);
+        linear_forward(model, a->up, layer_tensor(model, l, WUP), acts->xn, R, 0);
+        swiglu_forward(acts->h, a->gate, a->up, R * F);
         float *next = acts->layer[l + 1].x;
-        memcpy(next, a->x2, N * C * sizeof(float));
-        linear_forward(model, next, layer_tensor(model, l, WDOWN), acts->h, N, 1);            // x of the next layer = x2 + h Wd^T
+        memcpy(next, a->x2, R * C * sizeof(float));
+        linear_forward(model, next, layer_tensor(model, l, WDOWN), acts->h, R, 1);           // next x = x2 + h Wd^T
     }
 }
 
-// Final norm, logits and loss, at the M answer rows only and HEAD_ROWS of them at a time: with a vocabulary of 49,152 the logits of
-// a whole batch would be larger than everything else. Fills acts.logp and acts.best and returns -sum(logp). When `training`, the
-// loss counts `weight` times that, and its gradient is sent back through the head and the final norm into acts.dx (N, C) at once.
+// Final norm, logits and loss, HEAD_ROWS answer rows at a time: with a vocabulary of 49,152 the logits of long answers would
+// be larger than everything else. Fills acts.logp and acts.best and returns -sum(logp). When `training`, the loss counts `weight`
+// times that, and its gradient goes straight back through the head and the final norm, into acts.dx (M, C).
 enum { HEAD_ROWS = 512 };
 
 static double head_forward_backward(Model *model, const Batch *batch, int training, float weight)
@@ -827,11 +890,9 @@ static double head_forward_backward(Model *model, const Batch *batch, int traini
     const Config *c = &model->config;
     Activations *acts = &model->acts;
     Tensor *norm = final_norm(model), *head = head_tensor(model);
-    size_t N = batch->N, M = batch->M, C = c->C, V = c->V;
+    size_t M = batch->answer.n, C = c->C, V = c->V;
     const float *x = acts->layer[c->L].x;
-    assert(M <= acts->M);
-    for (size_t i = 0; i < M; i++) memcpy(acts->xm + i * C, x + batch->row[i] * C, C * sizeof(float));
-    rmsnorm_forward(acts->xf, acts->rstdf, acts->xm, norm->value, M, C, c->eps);
+    rmsnorm_forward(acts->xf, acts->rstdf, x, norm->value, M, C, c->eps);
     for (size_t i = 0; i < M; i += HEAD_ROWS) {
         size_t rows = min_size(HEAD_ROWS, M - i);
         matmul(acts->logits, V, acts->xf + i * C, C, 1, head->value, 1, C, rows, V, C, 0);
@@ -842,49 +903,54 @@ static double head_forward_backward(Model *model, const Batch *batch, int traini
         if (head->grad) matmul(head->grad, C, acts->logits, 1, V, acts->xf + i * C, C, 1, V, C, rows, 1);
     }
     if (training) {
-        float *dxm = acts->xf;                           // done with xf: its memory holds the gradient of xm
-        memset(dxm, 0, M * C * sizeof(float));
-        rmsnorm_backward(dxm, norm->grad, acts->dxf, acts->xm, norm->value, acts->rstdf, M, C);
-        memset(acts->dx, 0, N * C * sizeof(float));
-        for (size_t i = 0; i < M; i++) memcpy(acts->dx + batch->row[i] * C, dxm + i * C, C * sizeof(float));
+        memset(acts->dx, 0, M * C * sizeof(float));
+        rmsnorm_backward(acts->dx, norm->grad, acts->dxf, x, norm->value, acts->rstdf, M, C);
     }
     double loss = 0;
     for (size_t i = 0; i < M; i++) loss -= acts->logp[i];
     return loss;
 }
 
-// The mirror of model_forward: dx (N, C), the gradient of the layer's output, becomes that of its input, layer by layer.
+// The mirror of model_forward: dx (R, C), the gradient of the layer's output, becomes that of its input, layer by layer.
 static void model_backward(Model *model, const Batch *batch)
 {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
-    size_t N = batch->N, C = c->C, F = c->F, H = c->H, KV = c->KV, D = c->D;
+    size_t N = batch->all.n, C = c->C, F = c->F, H = c->H, KV = c->KV, D = c->D;
     float *dx = acts->dx;
     for (size_t l = c->L; l-- > 0; ) {
         Layer *a = &acts->layer[l];
+        const Rows *rows = query_rows(model, batch, l);
+        size_t R = rows->n;
         Tensor *norm1 = layer_tensor(model, l, ATTN_NORM), *norm2 = layer_tensor(model, l, FFN_NORM);
         // out = x2 + h Wd^T, h = silu(gate) up
-        swiglu_forward(acts->h, a->gate, a->up, N * F);
-        linear_backward(model, acts->dh, layer_tensor(model, l, WDOWN), acts->h, dx, N, 0);
-        swiglu_backward(acts->dgate, acts->dup, acts->dh, a->gate, a->up, N * F);
+        swiglu_forward(acts->h, a->gate, a->up, R * F);
+        linear_backward(model, acts->dh, layer_tensor(model, l, WDOWN), acts->h, dx, R, 0);
+        swiglu_backward(acts->dgate, acts->dup, acts->dh, a->gate, a->up, R * F);
         // gate = xn Wg^T, up = xn Wu^T, xn = rmsnorm(x2)
-        rmsnorm_forward(acts->xn, a->rstd2, a->x2, norm2->value, N, C, c->eps);
-        linear_backward(model, acts->dxn, layer_tensor(model, l, WGATE), acts->xn, acts->dgate, N, 0);
-        linear_backward(model, acts->dxn, layer_tensor(model, l, WUP), acts->xn, acts->dup, N, 1);
-        rmsnorm_backward(dx, norm2->grad, acts->dxn, a->x2, norm2->value, a->rstd2, N, C);     // dx is now the gradient of x2
+        rmsnorm_forward(acts->xn, a->rstd2, a->x2, norm2->value, R, C, c->eps);
+        linear_backward(model, acts->dxn, layer_tensor(model, l, WGATE), acts->xn, acts->dgate, R, 0);
+        linear_backward(model, acts->dxn, layer_tensor(model, l, WUP), acts->xn, acts->dup, R, 1);
+        rmsnorm_backward(dx, norm2->grad, acts->dxn, a->x2, norm2->value, a->rstd2, R, C);     // dx is now the gradient of x2
         // x2 = x + att Wo^T
-        linear_backward(model, acts->datt, layer_tensor(model, l, WO), a->att, dx, N, 0);
+        linear_backward(model, acts->datt, layer_tensor(model, l, WO), a->att, dx, R, 0);
         memset(acts->dk, 0, N * KV * D * sizeof(float));
         memset(acts->dv, 0, N * KV * D * sizeof(float));
         attention_backward(acts->dq, acts->dk, acts->dv, acts->datt, a->att, a->lse, a->q, a->k, a->v, acts->scores,
-                           batch->start, batch->S, H, KV, D, acts->T);
-        rope(acts->dq, acts->cosine, acts->sine, batch->position, N, H, D, -1);
-        rope(acts->dk, acts->cosine, acts->sine, batch->position, N, KV, D, -1);
+                           rows, batch->all.start, batch->S, H, KV, D, acts->T);
+        rope(acts->dq, acts->cosine, acts->sine, rows->position, R, H, D, -1);
+        rope(acts->dk, acts->cosine, acts->sine, batch->all.position, N, KV, D, -1);
         // q = xn Wq^T, k = xn Wk^T, v = xn Wv^T, xn = rmsnorm(x)
         rmsnorm_forward(acts->xn, a->rstd1, a->x, norm1->value, N, C, c->eps);
-        linear_backward(model, acts->dxn, layer_tensor(model, l, WQ), acts->xn, acts->dq, N, 0);
-        linear_backward(model, acts->dxn, layer_tensor(model, l, WK), acts->xn, acts->dk, N, 1);
+        linear_backward(model, acts->dxn, layer_tensor(model, l, WK), acts->xn, acts->dk, N, 0);
         linear_backward(model, acts->dxn, layer_tensor(model, l, WV), acts->xn, acts->dv, N, 1);
+        if (rows->row) {                                    // the answer rows' gradients, back among those of all rows
+            linear_backward(model, acts->dxm, layer_tensor(model, l, WQ), gather(acts->xm, acts->xn, rows, C), acts->dq, R, 0);
+            scatter(acts->dxn, acts->dxm, rows, C);
+            memcpy(acts->dxm, dx, R * C * sizeof(float));
+            memset(dx, 0, N * C * sizeof(float));
+            scatter(dx, acts->dxm, rows, C);
+        } else linear_backward(model, acts->dxn, layer_tensor(model, l, WQ), acts->xn, acts->dq, N, 1);
         rmsnorm_backward(dx, norm1->grad, acts->dxn, a->x, norm1->value, a->rstd1, N, C);
     }
     if (model->tensors[0].grad) embedding_backward(model->tensors[0].grad, dx, batch->token, N, C);
@@ -896,8 +962,8 @@ static void model_backward(Model *model, const Batch *batch)
 //     m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
 //     w = w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 //
-// Decay is decoupled from the gradient (Loshchilov & Hutter 2019). Only stored values exist here: an entry that a mask has removed
-// is neither stepped nor decayed, because it is not there.
+// Decay is decoupled from the gradient (Loshchilov & Hutter 2019). Only stored values exist here: an entry that a mask has
+// removed is neither stepped nor decayed, because it is not there.
 
 static const float BETA1 = 0.9f, BETA2 = 0.95f, ADAM_EPS = 1e-8f;
 
@@ -927,8 +993,8 @@ static void model_zero_grad(Model *model)
         if (p->grad) memset(p->grad, 0, p->n * sizeof(float));
 }
 
-// The learning rate's factor in update t (from 1) of `updates`: a linear warm-up, a plateau, and over the last `cooldown` share of
-// the pass a line down to zero.
+// The learning rate's factor in update t (from 1) of `updates`: a linear warm-up, a plateau, and over the last `cooldown` share
+// of the pass a line down to zero.
 static float schedule(size_t t, size_t updates, double warmup, double cooldown)
 {
     double up = warmup * (double)updates, down = cooldown * (double)updates, left = (double)(updates - t) + 1;
@@ -941,9 +1007,9 @@ static float schedule(size_t t, size_t updates, double warmup, double cooldown)
 // ---------------------------------------------------------------------------------------------------------------------
 // 10. Pruning
 //
-// After a pass, an entry of DeltaW is a candidate if it has the sign that it started with (zero has none: it counts as flipped).
-// The largest candidates by |DeltaW| stay: k = floor(keep * candidates + 1/2) of them, ties to the lower index, within each matrix
-// or over all of them together. The rest leave the mask for good. Signs are those of DeltaW, whatever the sign of alpha.
+// After a pass, an entry of DeltaW is a candidate if it has the sign that it started with (zero has none: it counts as
+// flipped). The largest candidates by |DeltaW| stay: k = floor(keep * candidates + 1/2) of them, ties to the lower index, within
+// each matrix or over all of them together. The rest leave the mask for good. alpha's sign plays no part.
 
 typedef struct { size_t entries, flipped, kept; } Pruned;      // of one matrix, in one round
 
@@ -996,8 +1062,8 @@ static void rewind_adapter(Model *model)
 
 static void trained_arenas(Model *model, Tensor *first, Tensor *end);
 
-// One round of pruning: fills pruned (matrices), shrinks what is stored to the survivors, zeroes gradients and moments, and sends
-// the survivors where `survivors` says. The magnitudes to select from borrow the memory of the gradients, which are done with.
+// One round of pruning: fills pruned (matrices), shrinks what is stored to the survivors, zeroes gradients and moments, and
+// sends the survivors where `survivors` says. The magnitudes to select from borrow the gradients' memory, which are done with.
 static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors survivors)
 {
     size_t count = matrices(model), candidates = 0, kept = 0;
@@ -1076,7 +1142,7 @@ static File file_open(const char *path, const char *kind)
     if (fd < 0 || fstat(fd, &info)) die("%s: %s; %s", path, strerror(errno), mend(kind));
     if (!S_ISREG(info.st_mode)) die("%s: not a file; %s", path, mend(kind));
     File file = { path, NULL, (size_t)info.st_size };
-    if (file.length < sizeof(FileHeader)) die("%s: %zu bytes, too short to be a file of rigsa.c; %s", path, file.length, mend(kind));
+    if (file.length < sizeof(FileHeader)) die("%s: too short to be a file of rigsa.c; %s", path, mend(kind));
     file.bytes = mmap(NULL, file.length, PROT_READ, MAP_PRIVATE, fd, 0);
     if (file.bytes == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
@@ -1191,6 +1257,8 @@ static uint32_t data_token(const Data *data, size_t i)
     return ((const uint32_t *)data->token)[i];
 }
 
+static double mean_length(const Data *data) { return data->examples ? (double)data->tokens / (double)data->examples : 0; }
+
 static void data_text(char *to, size_t size, const File *file, const char *tag)
 {
     size_t n;
@@ -1224,7 +1292,7 @@ static Data data_open(const char *path)
     }
     data.token = needed(file, "tokens", data.tokens, data.width);
     for (size_t i = 0; i < data.tokens; i++)
-        if (data_token(&data, i) >= data.V) die("%s: token %zu is %u, beyond the vocabulary of %u", path, i, data_token(&data, i), data.V);
+        if (data_token(&data, i) >= data.V) die("%s: token %zu is beyond the vocabulary of %u", path, i, data.V);
     data.glyphs = section(file, "glyphs", &n);
     data.glyph_count = n / (2 * sizeof(uint32_t));
     data_text(data.column, sizeof data.column, file, "column");
@@ -1368,16 +1436,14 @@ static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const c
 
 static void check_config(const Config *c, const char *path)
 {
-    struct { const char *name; uint32_t value; } sizes[] = { { "dim", c->C }, { "ffn", c->F }, { "layers", c->L }, { "heads", c->H },
-        { "kv_heads", c->KV }, { "head_dim", c->D }, { "vocab", c->V } };
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value < 1 || sizes[i].value > 1 << 20) die("%s: %s is %u", path, sizes[i].name, sizes[i].value);
+    const char *name[] = { "dim", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab" };
+    const uint32_t size[] = { c->C, c->F, c->L, c->H, c->KV, c->D, c->V };
+    for (int i = 0; i < 7; i++) if (size[i] < 1 || size[i] > 1 << 20) die("%s: %s is %u", path, name[i], size[i]);
     if (c->H % c->KV) die("%s: %u heads cannot share %u kv_heads evenly", path, c->H, c->KV);
     if (c->D % 2) die("%s: head_dim is %u, rotary positions need an even one", path, c->D);
     if (c->tied > 1 || c->dtype > 1) die("%s: tied is %u, dtype is %u, both must be 0 or 1", path, c->tied, c->dtype);
-    if (!(c->theta > 0) || !(c->eps > 0) || !isfinite(c->theta) || !isfinite(c->eps)) die("%s: theta is %g, eps is %g", path, c->theta, c->eps);
-    uint64_t widest = max_size(max_size((size_t)c->F * c->C, (size_t)c->H * c->D * c->C), 1);
-    if (widest > UINT32_MAX) die("%s: a matrix of %llu entries is too large for 32-bit indices", path, (unsigned long long)widest);
+    if (!(c->theta > 0 && c->eps > 0 && c->theta < INFINITY && c->eps < 1)) die("%s: theta %g, eps %g", path, c->theta, c->eps);
+    if (max_size(c->F, (size_t)c->H * c->D) * c->C > UINT32_MAX) die("%s: a matrix is too large for 32-bit indices", path);
 }
 
 // The table: base tensors in the order of the file, then DeltaW of every adapted matrix, then the gates.
@@ -1524,6 +1590,7 @@ static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M
     a->dgate = take(arena, N * F);
     a->dup = take(arena, N * F);
     a->dh = take(arena, N * F);
+    a->dxm = take(arena, M * C);
     a->dxf = take(arena, M * C);
     a->transposed = take(arena, N * (C + max_size(F, HD)));
 }
@@ -1541,28 +1608,34 @@ static size_t acts_alloc(Model *model, size_t N, size_t T, size_t M, int trainin
     return arena.used;
 }
 
+static uint32_t *integers(size_t count) { return allocate(count, sizeof(uint32_t)); }
+
 static Batch batch_alloc(size_t N, size_t M)
 {
-    return (Batch){ .token = allocate(N, 4), .start = allocate(N + 1, 4), .position = allocate(N, 4), .row = allocate(M, 4),
-                    .target = allocate(M, 4) };
+    return (Batch){ .all = { .start = integers(N + 1), .position = integers(N) },
+                    .answer = { .row = integers(M), .start = integers(N + 1), .position = integers(M) },
+                    .token = integers(N), .target = integers(M) };
 }
 
 // Lays example e at the end of the batch.
 static void batch_add(Batch *batch, const Data *data, size_t e)
 {
+    Rows *all = &batch->all, *answer = &batch->answer;
     for (uint32_t t = 0; t < data->length[e]; t++) {
-        batch->token[batch->N + t] = data_token(data, data->offset[e] + t);
-        batch->position[batch->N + t] = t;
+        uint32_t row = (uint32_t)all->n++;
+        batch->token[row] = data_token(data, data->offset[e] + t);
+        all->position[row] = t;
         if (t < data->answer[e]) continue;
-        batch->row[batch->M] = (uint32_t)batch->N + t - 1;      // the row before a token predicts it
-        batch->target[batch->M++] = batch->token[batch->N + t];
+        answer->row[answer->n] = row - 1;                   // the row before a token predicts it
+        answer->position[answer->n] = t - 1;
+        batch->target[answer->n++] = batch->token[row];
     }
-    batch->start[batch->S++] = (uint32_t)batch->N;
-    batch->N += data->length[e];
-    batch->start[batch->S] = (uint32_t)batch->N;
+    batch->S++;
+    all->start[batch->S] = (uint32_t)all->n;
+    answer->start[batch->S] = (uint32_t)answer->n;
 }
 
-static void batch_clear(Batch *batch) { batch->N = batch->S = batch->M = 0; }
+static void batch_clear(Batch *batch) { batch->S = batch->all.n = batch->answer.n = 0; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 13. Evaluation
@@ -1584,13 +1657,14 @@ static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *da
     size_t e = first, i = 0;
     const Activations *acts = &model->acts;
     batch_clear(batch);
-    while (e < data->examples && batch->N + data->length[e] <= acts->N && batch->M + data->length[e] - data->answer[e] <= acts->M)
-        batch_add(batch, data, e++);
+    while (e < data->examples && batch->all.n + data->length[e] <= acts->N
+           && batch->answer.n + data->length[e] - data->answer[e] <= acts->M) batch_add(batch, data, e++);
     model_forward(model, batch);
     head_forward_backward(model, batch, 0, 0);
     for (size_t j = first; j < e; j++) {
         verdict[j] = (Verdict){ 0, 1, acts->best[i] };
         for (size_t end = i + data->length[j] - data->answer[j]; i < end; i++) {
+            if (!isfinite(acts->logp[i])) die("%s: example %zu has no finite probability: the weights are broken", data->column, j);
             verdict[j].logp += acts->logp[i];
             verdict[j].exact &= acts->best[i] == batch->target[i];
         }
@@ -1653,14 +1727,14 @@ static const Option table[] = {
     { "method", CHOICE, &opt.method, "rigsa|full|eval", "rigsa", "gated sparse adapter, full fine-tuning, or only evaluate" },
     { "ticket", TEXT, &opt.ticket, "FILE", "", "with --method eval: the base with this adapter" },
     { "examples", COUNT, &opt.examples, "0 to 1e12", "12800", "examples of a pass, 0: all of them once" },
-    { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000", "of the last pass, which trains the winning ticket" },
+    { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000", "of the last pass, which trains the ticket" },
     { "rounds", COUNT, &opt.rounds, "0 to 100", "5", "rounds of training and pruning before the last pass" },
     { "batch", COUNT, &opt.batch, "1 to 1e6", "16", "examples per update" },
     { "micro", COUNT, &opt.micro, "0 to 1e6", "0", "examples per forward pass, to save memory; 0: the whole batch" },
     { "lr", REAL, &opt.lr, "0 to 10", "0.01", "learning rate of DeltaW (full: of every weight, default 0.001)" },
     { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.003", "learning rate of the gates" },
     { "warmup", REAL, &opt.warmup, "0 to 1", "0.05", "share of a pass over which the learning rates rise from 0" },
-    { "cooldown", REAL, &opt.cooldown, "0 to 1", "0", "share over which they fall back to 0; in the last pass they always fall" },
+    { "cooldown", REAL, &opt.cooldown, "0 to 1", "0", "share over which they fall back to 0; the ticket's always fall" },
     { "sigma", REAL, &opt.sigma, "0 to 1e6", "0.06", "standard deviation of DeltaW's initial values" },
     { "weight-decay", REAL, &opt.weight_decay, "0 to 1e6", "1", "decoupled decay of DeltaW (full: of matrices, default 0.1)" },
     { "keep", REAL, &opt.keep, "0 to 1", "0.8", "share of the candidates that a round keeps" },
@@ -1765,7 +1839,7 @@ static void parse_options(int argc, char **argv)
         if (found < 0) die("unknown option `%s`; ./train_rigsa --help lists them all", argv[i]);
         const Option *o = &table[found];
         if (given[found] && o->type != LIST) die("--%s is given twice", o->name);
-        if (!given[found]++ && o->type == LIST) memset(o->where, 0, MAX_EVALS * sizeof(char *));     // the first replaces the default
+        if (!given[found]++ && o->type == LIST) memset(o->where, 0, MAX_EVALS * sizeof(char *));     // no more defaults
         if (o->type != FLAG && i + 1 == argc) die("--%s needs a value: %s", o->name, o->range);
         option_set(o, o->type == FLAG ? NULL : argv[++i]);
     }
@@ -1774,7 +1848,11 @@ static void parse_options(int argc, char **argv)
         if (!given[option_find("weight-decay")]) opt.weight_decay = 0.1;
     }
     if (opt.method != METHOD_EVAL && *opt.ticket) die("--ticket goes with --method eval");
-    if (opt.lr * opt.weight_decay >= 1) die("--lr %g times --weight-decay %g is not below 1: one update would erase DeltaW", opt.lr, opt.weight_decay);
+    if (opt.lr * opt.weight_decay >= 1)
+        die("--lr %g times --weight-decay %g is not below 1: one update would erase DeltaW", opt.lr, opt.weight_decay);
+    if (opt.sigma == 0) die("--sigma 0 leaves no sign to compare with");
+    if (opt.rest == REST_INIT && opt.survivors == SURVIVORS_REDRAW)
+        die("--survivors redraw would also draw afresh what --rest init freezes");
     if (opt.micro == 0 || opt.micro > opt.batch) opt.micro = opt.batch;
 }
 
@@ -1840,10 +1918,10 @@ static void clear_line(const Run *run) { if (run->terminal) printf("\r\033[K"); 
 
 static Score evaluate(Run *run, const Data *data)
 {
-    double work = forward_work(&run->model, (double)data->tokens / (double)data->examples), last = seconds();
+    double work = forward_work(&run->model, mean_length(data)), last = seconds();
     for (size_t e = 0; e < data->examples; ) {
         size_t n = judge(&run->model, run->verdict, &run->batch, data, e);
-        run->done += work * (double)run->batch.N;
+        run->done += work * (double)run->batch.all.n;
         e += n;
         if (seconds() - last < 0.2) continue;
         progress(run, data->column, (double)e / (double)data->examples, -1, 0);
@@ -1884,7 +1962,7 @@ static void train_pass(Run *run, const char *label, size_t pass, size_t count, d
 {
     size_t batch = (size_t)opt.batch, updates = (count + batch - 1) / batch, tokens = 0;
     uint32_t *order = visit_order(&run->data, count, run->model.seed, pass);
-    double T = (double)run->data.tokens / (double)run->data.examples, smooth = -1, begin = seconds(), last = begin;
+    double T = mean_length(&run->data), smooth = -1, begin = seconds(), last = begin;
     double work = forward_work(&run->model, T) + backward_work(&run->model, T, density);
     for (size_t t = 1; t <= updates; t++) {
         size_t first = (t - 1) * batch, size = min_size(batch, count - first);
@@ -1898,11 +1976,13 @@ static void train_pass(Run *run, const char *label, size_t pass, size_t count, d
         if (!run->forecast && now - begin > 2) {
             char whole[32];
             clear_line(run);
-            printf("forecast: %s for the whole run, at %.0f tokens/s\n", duration((now - run->start) * run->work / run->done, whole),
-                   (double)tokens / (now - begin));
+            printf("forecast: %s for the whole run, at %.0f tokens/s\n",
+                   duration((now - run->start) * run->work / run->done, whole), (double)tokens / (now - begin));
             run->forecast = 1;
         }
-        if (now - last > 0.2) progress(run, label, (double)t / (double)updates, smooth, (double)tokens / (now - begin)), last = now;
+        if (now - last < 0.2) continue;
+        progress(run, label, (double)t / (double)updates, smooth, (double)tokens / (now - begin));
+        last = now;
     }
     free(order);
 }
@@ -2005,9 +2085,10 @@ static void draw_examples(Run *run)
         for (size_t e = 0; e < shown; e++) printf("  %-*s", WIDTH, text[line][e]);
         printf("\n");
     }
-    for (size_t e = 0; e < shown; e++)
-        printf("  read as %c, is %c%*s", glyph(data, run->verdict[e].said), glyph(data, data_token(data, data->offset[e] + data->answer[e])),
-               WIDTH - 15, "");
+    for (size_t e = 0; e < shown; e++) {
+        uint32_t label = data_token(data, data->offset[e] + data->answer[e]);
+        printf("  read as %c, is %c%*s", glyph(data, run->verdict[e].said), glyph(data, label), WIDTH - 15, "");
+    }
     printf("\n");
 }
 
@@ -2017,7 +2098,7 @@ static void prepare_folder(void)
     char path[PATH_MAX];
     snprintf(path, sizeof path, "%s/settings.txt", opt.out);
     if (mkdir(opt.out, 0777) && errno != EEXIST) die("%s: cannot be made: %s", opt.out, strerror(errno));
-    if (!opt.overwrite && !access(path, F_OK)) die("%s holds a run; name another folder with --out, or add --overwrite", opt.out);
+    if (!opt.overwrite && !access(path, F_OK)) die("%s holds a run; choose another --out, or add --overwrite", opt.out);
     FILE *f = fopen(path, "w");
     if (!f) die("%s: cannot be written: %s", path, strerror(errno));
     write_settings(f);
@@ -2042,7 +2123,7 @@ static void load_data(Run *run)
     run->verdict = allocate(largest, sizeof(Verdict));
 }
 
-// What the run needs, printed before any of it is allocated; then allocated. Also counts the run's operations, for the forecast.
+// What the run needs, printed before any of it is allocated; then allocated. Also counts the run's operations.
 static void plan(Run *run)
 {
     Model *model = &run->model;
@@ -2068,10 +2149,11 @@ static void plan(Run *run)
     double total = 0;
     printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
            model->name, weights, c->L, c->C, c->V, adapted, matrices(model));
-    for (int i = 0; i < 6; total += 4e-6 * (double)bytes[i++]) if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
+    for (int i = 0; i < 6; total += 4e-6 * (double)bytes[i++])
+        if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
     printf(" together %.1f MB\n", total);
 
-    double pass_work = 0, eval_work = 0, mean = run->data.examples ? (double)run->data.tokens / (double)run->data.examples : 0, density = 1;
+    double pass_work = 0, eval_work = 0, density = 1, mean = mean_length(&run->data);
     if (opt.examples == 0) opt.examples = (double)run->data.examples;
     if (opt.ticket_examples == 0) opt.ticket_examples = (double)run->data.examples;
     run->passes = opt.method == METHOD_RIGSA ? (size_t)opt.rounds + 1 : opt.method == METHOD_FULL;
@@ -2080,10 +2162,10 @@ static void plan(Run *run)
         pass_work += (forward_work(model, mean) + backward_work(model, mean, density)) * mean * examples;
     }
     for (size_t i = 0; i < run->evals; i++)
-        eval_work += forward_work(model, (double)run->eval[i].tokens / (double)run->eval[i].examples) * (double)run->eval[i].tokens;
+        eval_work += forward_work(model, mean_length(&run->eval[i])) * (double)run->eval[i].tokens;
     run->work = pass_work + eval_work * (double)(run->passes + 1);
-    printf("work     %.3g TFLOP in %zu passes and %zu evaluations, on %d threads\n", 1e-12 * run->work, run->passes, run->passes + 1,
-           omp_get_max_threads());
+    printf("work     %.3g TFLOP in %zu passes and %zu evaluations, on %d threads\n",
+           1e-12 * run->work, run->passes, run->passes + 1, omp_get_max_threads());
 #ifndef _OPENMP
     printf("note: built without OpenMP: one thread, and all loops slower\n");
 #endif
@@ -2164,6 +2246,7 @@ int main(int argc, char **argv)
     parse_options(argc, argv);
     run.start = seconds();
     run.terminal = isatty(1);
+    setvbuf(stdout, NULL, _IOLBF, 0);                   // a log that is read while the run goes on
     base_load(model, opt.base);
     load_data(&run);
     if (opt.method != METHOD_EVAL) prepare_folder();
@@ -2182,7 +2265,8 @@ int main(int argc, char **argv)
     if (opt.method == METHOD_RIGSA) {
         size_t n = adapter_entries(model), full = 0;
         for (size_t a = 0; a < matrices(model); a++) full += delta_tensor(model, a)->rows * delta_tensor(model, a)->cols;
-        printf("\nticket: density %.4f, %zu entries, hash %016llx\n", (double)n / (double)full, n, (unsigned long long)ticket_hash(model));
+        printf("\nticket: density %.4f, %zu entries, hash %016llx\n",
+               (double)n / (double)full, n, (unsigned long long)ticket_hash(model));
     }
     return 0;
 }
