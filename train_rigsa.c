@@ -963,28 +963,51 @@ static void model_backward(Model *model, const Batch *batch)
 //     w = w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 //
 // Decay is decoupled from the gradient (Loshchilov & Hutter 2019). Only stored values exist here: an entry that a mask has
-// removed is neither stepped nor decayed, because it is not there.
+// removed is neither stepped nor decayed, because it is not there. `clip` scales the gradient.
 
 static const float BETA1 = 0.9f, BETA2 = 0.95f, ADAM_EPS = 1e-8f;
+static const double CLIP = 1;
 
-static void adamw(float *w, const float *g, float *m, float *v, size_t n, float lr, float decay, size_t t)
+static void adamw(float *w, const float *dw, float *m, float *v, size_t n, float lr, float decay, float clip, size_t t)
 {
     const float b1 = BETA1, b2 = BETA2;
     const float step = (float)(lr / (1 - pow(BETA1, (double)t))), root = (float)(1 / sqrt(1 - pow(BETA2, (double)t)));
     const float shrink = 1.0f - lr * decay;
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) {
-        m[i] = b1 * m[i] + (1 - b1) * g[i];
-        v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
+        float g = clip * dw[i];
+        m[i] = b1 * m[i] + (1 - b1) * g;
+        v[i] = b2 * v[i] + (1 - b2) * g * g;
         w[i] = w[i] * shrink - step * m[i] / (sqrtf(v[i]) * root + ADAM_EPS);
     }
 }
 
+// The norm of all gradients together.
+static double gradient_norm(const Model *model)
+{
+    double squares = 0, part[PARTS];
+    for (const Tensor *p = model->tensors; p < model->tensors + model->all_tensors; p++) {
+        if (!p->grad) continue;
+        #pragma omp parallel for
+        for (size_t i = 0; i < PARTS; i++) {
+            double sum = 0;
+            for (size_t k = p->n * i / PARTS; k < p->n * (i + 1) / PARTS; k++) sum += (double)p->grad[k] * p->grad[k];
+            part[i] = sum;
+        }
+        squares += sum_of_parts(part);
+    }
+    return sqrt(squares);
+}
+
 // One update of everything that is trained, the t-th (from 1) of its pass; `factor` of the schedule scales all learning rates.
+// Gradients whose norm exceeds CLIP are scaled down to it: one wild batch must not undo what the others taught.
 static void model_update(Model *model, size_t t, float factor)
 {
+    double norm = gradient_norm(model);
+    if (!isfinite(norm)) die("the gradient of update %zu is not finite; a smaller --lr or --alpha-lr may help", t);
+    float clip = norm > CLIP ? (float)(CLIP / norm) : 1;
     for (Tensor *p = model->tensors; p < model->tensors + model->all_tensors; p++)
-        if (p->grad) adamw(p->value, p->grad, p->m, p->v, p->n, p->lr * factor, p->decay, t);
+        if (p->grad) adamw(p->value, p->grad, p->m, p->v, p->n, p->lr * factor, p->decay, clip, t);
 }
 
 static void model_zero_grad(Model *model)
