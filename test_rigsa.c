@@ -1345,7 +1345,7 @@ static void whole_run(const void *argument)
     parse_options(argc, argv);
     base_load(&run.model, opt.base);
     load_data(&run);
-    if (opt.method != METHOD_EVAL) prepare_folder();
+    if (opt.method != METHOD_EVAL) prepare_folder(&run);
     write_settings(stdout);
     plan(&run);
     if (*opt.ticket) ticket_load(&run.model, opt.ticket);

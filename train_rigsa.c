@@ -1754,13 +1754,13 @@ static const Option table[] = {
     { "rounds", COUNT, &opt.rounds, "0 to 100", "5", "rounds of training and pruning before the last pass" },
     { "batch", COUNT, &opt.batch, "1 to 1e6", "16", "examples per update" },
     { "micro", COUNT, &opt.micro, "0 to 1e6", "0", "examples per forward pass, to save memory; 0: the whole batch" },
-    { "lr", REAL, &opt.lr, "0 to 10", "0.01", "learning rate of DeltaW (full: of every weight, default 0.001)" },
-    { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.003", "learning rate of the gates" },
+    { "lr", REAL, &opt.lr, "0 to 10", "0.003", "learning rate of DeltaW (full: of every weight, default 0.001)" },
+    { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.007", "learning rate of the gates" },
     { "warmup", REAL, &opt.warmup, "0 to 1", "0.05", "share of a pass over which the learning rates rise from 0" },
-    { "cooldown", REAL, &opt.cooldown, "0 to 1", "0", "share over which they fall back to 0; the ticket's always fall" },
+    { "cooldown", REAL, &opt.cooldown, "0 to 1", "1", "share of a pass, at its end, over which they fall back to 0" },
     { "sigma", REAL, &opt.sigma, "0 to 1e6", "0.06", "standard deviation of DeltaW's initial values" },
     { "weight-decay", REAL, &opt.weight_decay, "0 to 1e6", "1", "decoupled decay of DeltaW (full: of matrices, default 0.1)" },
-    { "keep", REAL, &opt.keep, "0 to 1", "0.8", "share of the candidates that a round keeps" },
+    { "keep", REAL, &opt.keep, "0 to 1", "0.56", "share of the candidates that a round keeps" },
     { "rest", CHOICE, &opt.rest, "zero|init", "zero", "where a pruned entry rests: at zero, or frozen at its initial value" },
     { "survivors", CHOICE, &opt.survivors, "rewind|keep|redraw", "rewind", "back to initial values, kept, or drawn afresh" },
     { "threshold", CHOICE, &opt.threshold, "matrix|all", "matrix", "compare magnitudes within each matrix, or over all" },
@@ -1901,6 +1901,7 @@ typedef struct {
     size_t rows;
     double start, work, done;           // seconds; operations of the whole run, and so far
     int terminal, forecast;
+    FILE *losses;                       // loss.csv: the loss of every update
 } Run;
 
 static const char *duration(double s, char text[32])
@@ -1981,7 +1982,7 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
 }
 
 // One pass over `count` examples.
-static void train_pass(Run *run, const char *label, size_t pass, size_t count, double density, double cooldown)
+static void train_pass(Run *run, const char *label, size_t pass, size_t count, double density)
 {
     size_t batch = (size_t)opt.batch, updates = (count + batch - 1) / batch, tokens = 0;
     uint32_t *order = visit_order(&run->data, count, run->model.seed, pass);
@@ -1991,7 +1992,8 @@ static void train_pass(Run *run, const char *label, size_t pass, size_t count, d
         size_t first = (t - 1) * batch, size = min_size(batch, count - first);
         double loss = loss_and_gradient(run, order + first, size);
         if (!isfinite(loss)) die("%s: the loss of update %zu is not finite; a smaller --lr or --alpha-lr may help", label, t);
-        model_update(&run->model, t, schedule(t, updates, opt.warmup, cooldown));
+        fprintf(run->losses, "%s,%zu,%.6f\n", label, t, loss);
+        model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown));
         for (size_t i = first; i < first + size; i++) tokens += run->data.length[order[i]];
         smooth = smooth < 0 ? loss : 0.95 * smooth + 0.05 * loss;
         run->done += work * T * (double)size;
@@ -2007,6 +2009,7 @@ static void train_pass(Run *run, const char *label, size_t pass, size_t count, d
         progress(run, label, (double)t / (double)updates, smooth, (double)tokens / (now - begin));
         last = now;
     }
+    fflush(run->losses);
     free(order);
 }
 
@@ -2029,13 +2032,20 @@ static void print_row(const Run *run, const Row *row)
     printf(" %9s\n", duration(row->seconds, time));
 }
 
+// A file of the output folder, open for writing.
+static FILE *open_output(const char *name, char path[PATH_MAX])
+{
+    snprintf(path, PATH_MAX, "%s/%s", opt.out, name);
+    FILE *f = fopen(path, "w");
+    if (!f) die("%s: cannot be written: %s", path, strerror(errno));
+    return f;
+}
+
 // Written anew after each row, so that a run that is cut off leaves what it had.
 static void save_table(const Run *run)
 {
     char path[PATH_MAX];
-    snprintf(path, sizeof path, "%s/table.csv", opt.out);
-    FILE *f = fopen(path, "w");
-    if (!f) die("%s: cannot be written: %s", path, strerror(errno));
+    FILE *f = open_output("table.csv", path);
     fprintf(f, "round,density,kept,flipped");
     for (size_t i = 0; i < run->evals; i++) fprintf(f, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
     fprintf(f, ",seconds\n");
@@ -2116,16 +2126,17 @@ static void draw_examples(Run *run)
 }
 
 // Makes the output folder, and keeps the user from losing the run that it may hold.
-static void prepare_folder(void)
+static void prepare_folder(Run *run)
 {
     char path[PATH_MAX];
     snprintf(path, sizeof path, "%s/settings.txt", opt.out);
     if (mkdir(opt.out, 0777) && errno != EEXIST) die("%s: cannot be made: %s", opt.out, strerror(errno));
     if (!opt.overwrite && !access(path, F_OK)) die("%s holds a run; choose another --out, or add --overwrite", opt.out);
-    FILE *f = fopen(path, "w");
-    if (!f) die("%s: cannot be written: %s", path, strerror(errno));
+    FILE *f = open_output("settings.txt", path);
     write_settings(f);
     if (fclose(f)) die("%s: cannot be written: %s", path, strerror(errno));
+    run->losses = open_output("loss.csv", path);
+    fprintf(run->losses, "pass,update,loss\n");
 }
 
 static void load_data(Run *run)
@@ -2228,7 +2239,7 @@ static void run_rigsa(Run *run)
         int last = round == rounds + 1;
         double density = (double)adapter_entries(model) / (double)full;
         snprintf(label, sizeof label, last ? "ticket" : "%zu", round);
-        train_pass(run, label, round, (size_t)(last ? opt.ticket_examples : opt.examples), density, last ? 1 : opt.cooldown);
+        train_pass(run, label, round, (size_t)(last ? opt.ticket_examples : opt.examples), density);
         Row *row = add_row(run, label, density);
         if (!last) {
             prune(model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
@@ -2254,7 +2265,7 @@ static void run_full(Run *run)
         t->lr = (float)opt.lr;
         t->decay = t->rows > 1 ? (float)opt.weight_decay : 0;
     }
-    train_pass(run, "full", 1, (size_t)opt.examples, 1, opt.cooldown);
+    train_pass(run, "full", 1, (size_t)opt.examples, 1);
     print_row(run, add_row(run, "full", NAN));
     save_table(run);
     snprintf(path, sizeof path, "%s/model.bin", opt.out);
@@ -2272,7 +2283,7 @@ int main(int argc, char **argv)
     setvbuf(stdout, NULL, _IOLBF, 0);                   // a log that is read while the run goes on
     base_load(model, opt.base);
     load_data(&run);
-    if (opt.method != METHOD_EVAL) prepare_folder();
+    if (opt.method != METHOD_EVAL) prepare_folder(&run);
     write_settings(stdout);
     plan(&run);
     if (*opt.ticket) ticket_load(model, opt.ticket);
