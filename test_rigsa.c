@@ -1492,7 +1492,7 @@ static void test_options(void)
         { { "", "--ticket", "t.bin" }, "--method eval" },
         { { "", "--rest", "init", "--survivors", "redraw" }, "redraw" } };
     static const struct { const char *argv[6], *line; } right[] = {
-        { { "" }, "\nlr               0.01\n" }, { { "", "--lr", "0.02" }, "\nlr               0.02\n" },
+        { { "" }, "\nseed             1\n" }, { { "", "--lr", "0.02" }, "\nlr               0.02\n" },
         { { "", "--method", "full" }, "\nlr               0.001\n" },
         { { "", "--method", "full", "--lr", "1" }, "\nlr               1\n" },
         { { "", "--eval", "a", "--eval", "b" }, "\neval             a b\n" },
