@@ -717,12 +717,12 @@ static void test_matmul(void)
         { MC + 1, 3, 2 }, { 2 * MC + 5, NR + 7, 11 }, { 3, NC + 1, 4 }, { 5, 2, 2 * KC + 3 },
         { 1, 50, 9 }, { 50, 1, 9 }, { 3, 4, 0 }, { 6, 0, 3 } };
     for (size_t s = 0; s < COUNT_OF(sizes); s++)
-        for (int way = 0; way < 8; way++) {
+        for (int way = 0; way < 16; way++) {
             char what[96];
-            size_t M = sizes[s][0], N = sizes[s][1], K = sizes[s][2];
-            size_t a_size = (M + 2) * (K + 1), b_size = (N + 2) * (K + 3);
-            size_t a_row = way & 1 ? 1 : K + 1, a_col = way & 1 ? M + 2 : 1;
-            size_t b_row = way & 2 ? 1 : N + 2, b_col = way & 2 ? K + 3 : 1;
+            size_t M = sizes[s][0], N = sizes[s][1], K = sizes[s][2], apart = way & 8 ? 2 : 1;         // neighbours
+            size_t a_size = (M + 2) * (K + 1) * apart, b_size = (N + 2) * (K + 3) * apart;
+            size_t a_row = apart * (way & 1 ? 1 : K + 1), a_col = apart * (way & 1 ? M + 2 : 1);
+            size_t b_row = apart * (way & 2 ? 1 : N + 2), b_col = apart * (way & 2 ? K + 3 : 1);
             float *a = floats(a_size + b_size + M * (N + 3)), *b = a + a_size, *c = b + b_size, *expected;
             for (size_t i = 0; i < a_size + b_size + M * (N + 3); i++) a[i] = (float)(mix(i + 1) % 17) - 8;
             expected = copy_of(c, M * (N + 3) * sizeof(float));
@@ -850,11 +850,13 @@ static void test_adapter(void)
     static const double density[] = { 1, 0.5, 0.1, 0 };                         // dense, gathered, sampled, empty
     for (int i = 0; i < 8; i++) {
         Model *model = &rig_adapter(ODD, density[i % 4], i < 4 ? REST_ZERO : REST_INIT)->model;
-        Tensor *t = layer_tensor(model, 1, WUP), *delta = delta_tensor(model, (size_t)t->adapter);
+        Tensor *t = layer_tensor(model, 1, WQ), *delta = delta_tensor(model, (size_t)t->adapter);
         float *x = randomize(floats(N * t->cols), N * t->cols, 1), *dy = randomize(floats(N * t->rows), N * t->rows, 1);
         float *w = floats(t->n), *ddelta = floats(t->n), dalpha, *gate = &gates_tensor(model)->grad[t->adapter];
         adapter_naive(model, t, x, dy, N, w, ddelta, &dalpha);
+        model->scratch[t->n] = 42;
         check_close("W", rigsa_weight(model, t), w, t->n, 1e-6);
+        check("nothing beyond", model->scratch[t->n] == 42);
         for (int times = 1; times <= 2; times++) {                              // the second time on top of the first
             rigsa_gradient(model, t, x, dy, N);
             for (size_t k = 0; k < delta->n; k++) ddelta[k] *= (float)times;
