@@ -163,7 +163,7 @@ struct Model {
     size_t base_tensors, all_tensors;
     Adapter adapter;
     uint64_t seed;             // DeltaW's initial values are a function of seed, draw, sigma, matrix and index
-    uint32_t draw;             // 0, or with SURVIVORS_REDRAW the number of the round
+    uint32_t draw;             // how often survivors were drawn afresh (SURVIVORS_REDRAW)
     float sigma;
     Rest rest;
     float *scratch;            // (O, I) of the largest matrix: W on its way into a product, or dW on its way out
@@ -2090,10 +2090,11 @@ static void report_pruning(Row *row, const Pruned *pruned, size_t count)
     printf("\n");
 }
 
+// The character of a token; '?' for one that has none.
 static char glyph(const Data *data, uint32_t token)
 {
     for (size_t g = 0; g < data->glyph_count; g++) if (data->glyphs[2 * g] == token) return (char)data->glyphs[2 * g + 1];
-    return 0;
+    return '?';
 }
 
 // The first three examples of the target side by side, as the text that the model reads, with its answers.
@@ -2110,7 +2111,7 @@ static void draw_examples(Run *run)
         for (uint32_t t = 0; t < data->answer[e]; t++) {
             char c = glyph(data, data_token(data, data->offset[e] + t));
             if (c == '\n') line += column > 0, column = 0;
-            else if (c && line < LINES && column < WIDTH) text[line][e][column++] = c;
+            else if (c != '?' && line < LINES && column < WIDTH) text[line][e][column++] = c;
         }
         lines = max_size(lines, min_size(line, LINES));
     }
@@ -2192,7 +2193,7 @@ static void plan(Run *run)
     if (opt.examples == 0) opt.examples = (double)run->data.examples;
     if (opt.ticket_examples == 0) opt.ticket_examples = (double)run->data.examples;
     run->passes = opt.method == METHOD_RIGSA ? (size_t)opt.rounds + 1 : opt.method == METHOD_FULL;
-    for (size_t p = 1; p <= run->passes; p++, density *= 0.51) {
+    for (size_t p = 1; p <= run->passes; p++, density *= 0.5) {
         double examples = opt.method == METHOD_RIGSA && p == run->passes ? opt.ticket_examples : opt.examples;
         pass_work += (forward_work(model, mean) + backward_work(model, mean, density)) * mean * examples;
     }
@@ -2274,10 +2275,20 @@ static void run_full(Run *run)
 }
 
 #ifndef TESTING
+// libgomp's threads spin for milliseconds before they sleep when they wait for each other: where other programs use the cores
+// too, that made a run ten times slower (dev/LOG.md). The library reads its environment before main, so start once more.
+static void spin_briefly(char **argv)
+{
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "20000", 1);
+    execv("/proc/self/exe", argv);                      // where there is no /proc, go on as the library likes
+}
+
 int main(int argc, char **argv)
 {
     static Run run;
     Model *model = &run.model;
+    spin_briefly(argv);
     parse_options(argc, argv);
     run.start = seconds();
     run.terminal = isatty(1);
