@@ -1113,6 +1113,12 @@ static void test_empty_masks(void)
 // ---------------------------------------------------------------------------------------------------------------------
 // Files
 
+static void base_load(Model *model, const char *path)
+{
+    File file = base_open(model, path);
+    base_read(model, &file);
+}
+
 // A base and a ticket: a dense adapter, one that was pruned, one that is partly at its initial values, an empty one.
 static void test_save_and_load(void)
 {
@@ -1345,11 +1351,13 @@ static void whole_run(const void *argument)
     int argc = 0;
     while (argv[argc]) argc++;
     parse_options(argc, argv);
-    base_load(&run.model, opt.base);
+    File base = base_open(&run.model, opt.base);
     load_data(&run);
+    run.settings = settings_text();
     if (opt.method != METHOD_EVAL) prepare_folder(&run);
-    write_settings(stdout);
+    fputs(run.settings, stdout);
     plan(&run);
+    base_read(&run.model, &base);
     if (*opt.ticket) ticket_load(&run.model, opt.ticket);
     print_heading(&run);
     print_row(&run, add_row(&run, "base", NAN));
@@ -1477,7 +1485,7 @@ static void parse(const void *argument)
     int argc = 0;
     while (argv[argc]) argc++;
     parse_options(argc, argv);
-    write_settings(stdout);
+    fputs(settings_text(), stdout);
 }
 
 static void test_options(void)

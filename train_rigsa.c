@@ -1498,17 +1498,23 @@ static void build_table(Model *model)
     tensor_row(t, 1, matrices(model), -1, "gates");
 }
 
-// Reads a base file: its configuration, the table, and the weights, widened to fp32 if they are bf16.
-static void base_load(Model *model, const char *path)
+// Opens a base file: its configuration and the table, no weights yet.
+static File base_open(Model *model, const char *path)
 {
     File file = file_open(path, "base");
     memcpy(&model->config, needed(&file, "config", 1, sizeof(Config)), sizeof(Config));
     check_config(&model->config, path);
     build_table(model);
     data_text(model->name, sizeof model->name, &file, "name");
+    return file;
+}
+
+// Reads the weights, widened to fp32 if they are bf16.
+static void base_read(Model *model, File *file)
+{
     size_t n = 0, bytes = model->config.dtype ? 2 : 4, at = 0;
     for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
-    const void *weights = needed(&file, "weights", n, bytes);
+    const void *weights = needed(file, "weights", n, bytes);
     model->hash = hash64(weights, n * bytes);
     model->base_arena = floats(n);
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; at += t++->n) t->value = model->base_arena + at;
@@ -1517,7 +1523,7 @@ static void base_load(Model *model, const char *path)
         uint32_t wide = (uint32_t)((const uint16_t *)weights)[i] << 16;
         memcpy(&model->base_arena[i], &wide, 4);
     }
-    file_close(&file);
+    file_close(file);
     model->adapter = PLAIN;
 }
 
@@ -1581,41 +1587,21 @@ static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M
         if (l && !training) { *layer = a->layer[0]; continue; }
         layer->x = take(arena, N * C);
         if (l == c->L) break;
-        layer->rstd1 = take(arena, N);
-        layer->q = take(arena, N * HD);
-        layer->k = take(arena, N * KVD);
-        layer->v = take(arena, N * KVD);
-        layer->att = take(arena, N * HD);
-        layer->lse = take(arena, N * c->H);
-        layer->x2 = take(arena, N * C);
-        layer->rstd2 = take(arena, N);
-        layer->gate = take(arena, N * F);
-        layer->up = take(arena, N * F);
+        layer->q = take(arena, N * HD), layer->k = take(arena, N * KVD), layer->v = take(arena, N * KVD);
+        layer->att = take(arena, N * HD), layer->lse = take(arena, N * c->H), layer->x2 = take(arena, N * C);
+        layer->gate = take(arena, N * F), layer->up = take(arena, N * F);
+        layer->rstd1 = take(arena, N), layer->rstd2 = take(arena, N);
     }
     a->N = N, a->T = T, a->M = M;
-    a->xn = take(arena, N * C);
-    a->h = take(arena, N * F);
+    a->xn = take(arena, N * C), a->h = take(arena, N * F);
     a->scores = take(arena, (size_t)omp_get_max_threads() * 2 * QUERIES * T);
-    a->cosine = take(arena, T * c->D / 2);
-    a->sine = take(arena, T * c->D / 2);
-    a->xm = take(arena, M * C);
-    a->xf = take(arena, M * C);
-    a->rstdf = take(arena, M);
-    a->logits = take(arena, min_size(HEAD_ROWS, M) * c->V);
-    a->logp = take(arena, M);
-    a->best = (uint32_t *)take(arena, M);
+    a->cosine = take(arena, T * c->D / 2), a->sine = take(arena, T * c->D / 2);
+    a->xm = take(arena, M * C), a->xf = take(arena, M * C), a->rstdf = take(arena, M);
+    a->logits = take(arena, min_size(HEAD_ROWS, M) * c->V), a->logp = take(arena, M), a->best = (uint32_t *)take(arena, M);
     if (!training) return;
-    a->dx = take(arena, N * C);
-    a->dxn = take(arena, N * C);
-    a->dq = take(arena, N * HD);
-    a->dk = take(arena, N * KVD);
-    a->dv = take(arena, N * KVD);
-    a->datt = take(arena, N * HD);
-    a->dgate = take(arena, N * F);
-    a->dup = take(arena, N * F);
-    a->dh = take(arena, N * F);
-    a->dxm = take(arena, M * C);
-    a->dxf = take(arena, M * C);
+    a->dx = take(arena, N * C), a->dxn = take(arena, N * C), a->dxm = take(arena, M * C), a->dxf = take(arena, M * C);
+    a->dq = take(arena, N * HD), a->dk = take(arena, N * KVD), a->dv = take(arena, N * KVD), a->datt = take(arena, N * HD);
+    a->dgate = take(arena, N * F), a->dup = take(arena, N * F), a->dh = take(arena, N * F);
     a->transposed = take(arena, N * (C + max_size(F, HD)));
 }
 
@@ -1832,9 +1818,12 @@ static int option_find(const char *name)
     return -1;
 }
 
-// One `name value` a line: what is printed at the start and saved with the run.
-static void write_settings(FILE *to)
+// One `name value` a line: what is printed at the start and saved with the run and with its ticket.
+static char *settings_text(void)
 {
+    char *text;
+    size_t size;
+    FILE *to = open_memstream(&text, &size);
     for (const Option *o = table; o < table + OPTIONS; o++) {
         if (o->type == FLAG || (o->type == TEXT && !**(char **)o->where)) continue;
         fprintf(to, "%-16s", o->name);
@@ -1848,6 +1837,8 @@ static void write_settings(FILE *to)
         }
         fputc('\n', to);
     }
+    fclose(to);
+    return text;
 }
 
 static void parse_options(int argc, char **argv)
@@ -1902,6 +1893,7 @@ typedef struct {
     size_t rows;
     double start, work, done;           // seconds; operations of the whole run, and so far
     int terminal, forecast;
+    char *settings;                     // one `name value` a line
     FILE *losses;                       // loss.csv: the loss of every update
 } Run;
 
@@ -2135,7 +2127,7 @@ static void prepare_folder(Run *run)
     if (mkdir(opt.out, 0777) && errno != EEXIST) die("%s: cannot be made: %s", opt.out, strerror(errno));
     if (!opt.overwrite && !access(path, F_OK)) die("%s holds a run; choose another --out, or add --overwrite", opt.out);
     FILE *f = open_output("settings.txt", path);
-    write_settings(f);
+    fputs(run->settings, f);
     if (fclose(f)) die("%s: cannot be written: %s", path, strerror(errno));
     run->losses = open_output("loss.csv", path);
     fprintf(run->losses, "pass,update,loss\n");
@@ -2210,16 +2202,6 @@ static void plan(Run *run)
     run->row = allocate(run->passes + 1, sizeof(Row));
 }
 
-static char *settings_text(void)
-{
-    char *text;
-    size_t size;
-    FILE *f = open_memstream(&text, &size);
-    write_settings(f);
-    fclose(f);
-    return text;
-}
-
 // Five rounds of training and pruning, then the winning ticket.
 static void run_rigsa(Run *run)
 {
@@ -2251,9 +2233,7 @@ static void run_rigsa(Run *run)
         save_table(run);
     }
     snprintf(path, sizeof path, "%s/ticket.bin", opt.out);
-    char *settings = settings_text();
-    ticket_save(model, path, settings);
-    free(settings);
+    ticket_save(model, path, run->settings);
     free(pruned);
 }
 
@@ -2293,11 +2273,13 @@ int main(int argc, char **argv)
     run.start = seconds();
     run.terminal = isatty(1);
     setvbuf(stdout, NULL, _IOLBF, 0);                   // a log that is read while the run goes on
-    base_load(model, opt.base);
+    File base = base_open(model, opt.base);
     load_data(&run);
+    run.settings = settings_text();
     if (opt.method != METHOD_EVAL) prepare_folder(&run);
-    write_settings(stdout);
+    fputs(run.settings, stdout);
     plan(&run);
+    base_read(model, &base);
     if (*opt.ticket) ticket_load(model, opt.ticket);
     print_heading(&run);
     print_row(&run, add_row(&run, *opt.ticket ? "ticket" : "base", NAN));
