@@ -407,8 +407,9 @@ static void matmul_pack(float *to, const float *from, size_t across, size_t alon
 }
 
 // The part of one thread, `id` of a team that shares `pb`: every threads-th panel of b to pack, then every threads-th block of c.
-static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *b, size_t b_row, size_t b_col,
-                        size_t M, size_t N, size_t K, int add, float *pb, size_t id, size_t threads)
+static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
+                        const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add,
+                        float *pb, size_t id, size_t threads)
 {
     size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
     size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
@@ -432,7 +433,8 @@ static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size
                     for (size_t i = 0; i < direct; i += MR)
                         matmul_tile(c0 + i * ldc, ldc, a0 + i * a_row, a_row, 1, pb + j * kc, kc, MR, cols, add || k0);
                     for (size_t i = direct; i < rows; i += MR)
-                        matmul_tile(c0 + i * ldc, ldc, pa + i * kc, 1, MR, pb + j * kc, kc, min_size(MR, rows - i), cols, add || k0);
+                        matmul_tile(c0 + i * ldc, ldc, pa + i * kc, 1, MR, pb + j * kc, kc,
+                                    min_size(MR, rows - i), cols, add || k0);
                 }
             }
             if (threads > 1) {
@@ -1674,7 +1676,7 @@ static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *da
     for (size_t j = first; j < e; j++) {
         verdict[j] = (Verdict){ 0, 1, acts->best[i] };
         for (size_t end = i + data->length[j] - data->answer[j]; i < end; i++) {
-            if (!isfinite(acts->logp[i])) die("%s: example %zu has no finite probability: the weights are broken", data->column, j);
+            if (!isfinite(acts->logp[i])) die("%s: example %zu has no finite probability: broken weights", data->column, j);
             verdict[j].logp += acts->logp[i];
             verdict[j].exact &= acts->best[i] == batch->target[i];
         }
@@ -1772,7 +1774,8 @@ static double parse_number(const Option *o, const char *text)
 {
     char *end;
     double low, high, number = strtod(text, &end);
-    if (end == text || *end || isspace((unsigned char)*text) || !isfinite(number)) die("--%s: `%s` is not a number", o->name, text);
+    if (end == text || *end || isspace((unsigned char)*text) || !isfinite(number))
+        die("--%s: `%s` is not a number", o->name, text);
     if (o->type == COUNT && number != floor(number)) die("--%s: `%s` is not a whole number", o->name, text);
     sscanf(o->range, "%lf to %lf", &low, &high);
     if (number < low || number > high) die("--%s: %s is not in %s", o->name, text, o->range);
