@@ -555,6 +555,19 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
 // sequence and kv head, and no two tasks write to the same place.
 enum { QUERIES = 64 };
 
+// The largest of x (n), by LANES running maxima side by side: the order of comparisons is ours to choose, not the compiler's.
+static float maximum(const float *x, size_t n)
+{
+    float lane[LANES], highest = x[0];
+    size_t j = 0;
+    for (int i = 0; i < LANES; i++) lane[i] = highest;
+    for (; j + LANES <= n; j += LANES)
+        for (int i = 0; i < LANES; i++) lane[i] = x[j + i] > lane[i] ? x[j + i] : lane[i];
+    for (; j < n; j++) highest = x[j] > highest ? x[j] : highest;
+    for (int i = 0; i < LANES; i++) highest = lane[i] > highest ? lane[i] : highest;
+    return highest;
+}
+
 static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v, float *scores,
                               const Rows *query, const uint32_t *key_start,
                               size_t S, size_t H, size_t KV, size_t D, size_t T_max)
@@ -574,10 +587,8 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
                     matmul(p, keys, q + at, H * D, 1, k_s, 1, KV * D, rows, keys, D, 0);
                     // pass 2: p = softmax(scale * scores) over the keys up to the row's own
                     for (size_t r = 0; r < rows; r++) {
-                        float *p_r = p + r * keys, highest = p_r[0], sum = 0;
                         size_t seen = query->position[r0 + r] + 1;
-                        #pragma omp simd reduction(max:highest)
-                        for (size_t j = 0; j < seen; j++) highest = p_r[j] > highest ? p_r[j] : highest;
+                        float *p_r = p + r * keys, highest = maximum(p_r, seen), sum = 0;
                         #pragma omp simd reduction(+:sum)
                         for (size_t j = 0; j < seen; j++) {
                             p_r[j] = exponential(scale * (p_r[j] - highest));
