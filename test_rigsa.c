@@ -1350,20 +1350,7 @@ static void whole_run(const void *argument)
     char **argv = (char **)argument;
     int argc = 0;
     while (argv[argc]) argc++;
-    parse_options(argc, argv);
-    File base = base_open(&run.model, opt.base);
-    load_data(&run);
-    run.settings = settings_text();
-    if (opt.method != METHOD_EVAL) prepare_folder(&run);
-    fputs(run.settings, stdout);
-    plan(&run);
-    base_read(&run.model, &base);
-    if (*opt.ticket) ticket_load(&run.model, opt.ticket);
-    print_heading(&run);
-    print_row(&run, add_row(&run, "base", NAN));
-    if (opt.method == METHOD_RIGSA) run_rigsa(&run);
-    if (opt.method == METHOD_FULL) run_full(&run);
-    draw_examples(&run);
+    run_whole(&run, argc, argv);
     for (Tensor *t = run.model.tensors; t < run.model.tensors + run.model.all_tensors; t++) {
         float lr = (float)(t == gates_tensor(&run.model) ? opt.alpha_lr : opt.lr);
         float decay = (float)(t->rows == 1 ? 0 : opt.weight_decay);

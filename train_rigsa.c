@@ -1160,9 +1160,11 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
 typedef struct { char magic[8]; uint32_t version; char kind[4]; uint64_t length, sections; } FileHeader;
 typedef struct { char tag[16]; uint64_t length, hash; } SectionHeader;
 typedef struct { const char *tag; const void *data; size_t length; } Section;       // one to write
-typedef struct { const char *path; const char *bytes; size_t length; } File;        // one to read, mapped into memory
+typedef struct { const char *path, *kind, *bytes; size_t length; } File;            // one to read, mapped into memory
 
 static const char MAGIC[8] = "rigsa.c\n";
+
+static size_t padded(size_t length) { return (length + 7) / 8 * 8; }        // the next section starts on 8 bytes
 
 static const char *mend(const char *kind)
 {
@@ -1178,7 +1180,7 @@ static File file_open(const char *path, const char *kind)
     int fd = open(path, O_RDONLY);
     if (fd < 0 || fstat(fd, &info)) die("%s: %s; %s", path, strerror(errno), mend(kind));
     if (!S_ISREG(info.st_mode)) die("%s: not a file; %s", path, mend(kind));
-    File file = { path, NULL, (size_t)info.st_size };
+    File file = { path, kind, NULL, (size_t)info.st_size };
     if (file.length < sizeof(FileHeader)) die("%s: too short to be a file of rigsa.c; %s", path, mend(kind));
     file.bytes = mmap(NULL, file.length, PROT_READ, MAP_PRIVATE, fd, 0);
     if (file.bytes == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
@@ -1191,15 +1193,15 @@ static File file_open(const char *path, const char *kind)
     if (memcmp(header.kind, kind, 4)) die("%s: holds `%.4s`, `%s` is needed here", path, header.kind, kind);
     if (header.length != file.length)
         die("%s: %zu bytes where %llu were written; %s", path, file.length, (unsigned long long)header.length, mend(kind));
+    SectionHeader head;
     size_t at = sizeof header;
     for (uint64_t s = 0; s < header.sections; s++) {
-        SectionHeader head;
         if (file.length - at < sizeof head) die("%s: a section is cut off; %s", path, mend(kind));
         memcpy(&head, file.bytes + at, sizeof head);
         at += sizeof head;
-        if (head.length > file.length - at || (head.length + 7) / 8 * 8 > file.length - at)
+        if (head.length > file.length - at || padded(head.length) > file.length - at)
             die("%s: section `%.16s` is cut off; %s", path, head.tag, mend(kind));
-        at += (head.length + 7) / 8 * 8;
+        at += padded(head.length);
     }
     if (at != file.length) die("%s: %zu bytes after the last section; %s", path, file.length - at, mend(kind));
     return file;
@@ -1210,21 +1212,15 @@ static void file_close(File *file) { munmap((void *)file->bytes, file->length); 
 // A section's payload, 8-byte aligned, and its length; NULL when the file has none of this tag. Its hash is checked here.
 static const void *section(const File *file, const char *tag, size_t *length)
 {
-    FileHeader header;
     SectionHeader head;
-    memcpy(&header, file->bytes, sizeof header);
-    size_t at = sizeof header;
-    for (uint64_t s = 0; s < header.sections; s++) {
+    for (size_t at = sizeof(FileHeader); at < file->length; at += padded(head.length)) {
         memcpy(&head, file->bytes + at, sizeof head);
         at += sizeof head;
-        if (!strncmp(head.tag, tag, sizeof head.tag)) {
-            if (hash64(file->bytes + at, head.length) != head.hash)
-                die("%s: section `%s` is damaged; %.4s files: %s", file->path, tag, header.kind, mend((char[5]){
-                    header.kind[0], header.kind[1], header.kind[2], header.kind[3], 0 }));
-            *length = head.length;
-            return file->bytes + at;
-        }
-        at += (head.length + 7) / 8 * 8;
+        if (strncmp(head.tag, tag, sizeof head.tag)) continue;
+        if (hash64(file->bytes + at, head.length) != head.hash)
+            die("%s: section `%s` is damaged; %s", file->path, tag, mend(file->kind));
+        *length = head.length;
+        return file->bytes + at;
     }
     *length = 0;
     return NULL;
@@ -1249,14 +1245,14 @@ static void file_write(const char *path, const char *kind, const Section *sectio
     FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
     memcpy(header.magic, MAGIC, 8);
     memcpy(header.kind, kind, 4);
-    for (size_t s = 0; s < count; s++) header.length += sizeof(SectionHeader) + (sections[s].length + 7) / 8 * 8;
+    for (size_t s = 0; s < count; s++) header.length += sizeof(SectionHeader) + padded(sections[s].length);
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
     FILE *f = fopen(temporary, "wb");
     int good = f && fwrite(&header, sizeof header, 1, f) == 1;
     for (size_t s = 0; good && s < count; s++) {
         SectionHeader head = { .length = sections[s].length, .hash = hash64(sections[s].data, sections[s].length) };
         memcpy(head.tag, sections[s].tag, min_size(strlen(sections[s].tag), sizeof head.tag));
-        size_t padding = (8 - head.length % 8) % 8;
+        size_t padding = padded(head.length) - head.length;
         good = fwrite(&head, sizeof head, 1, f) == 1 && fwrite(sections[s].data, 1, head.length, f) == head.length
             && fwrite(zeros, 1, padding, f) == padding;
     }
@@ -2103,34 +2099,18 @@ static char glyph(const Data *data, uint32_t token)
     return '?';
 }
 
-// The first three examples of the target side by side, as the text that the model reads, with its answers.
-static void draw_examples(Run *run)
+// The first example of the target as the text that the model reads, with its answer.
+static void draw_example(Run *run)
 {
-    enum { SHOWN = 3, LINES = 64, WIDTH = 32 };
     const Data *data = &run->eval[0];
-    size_t shown = min_size(SHOWN, data->examples), lines = 0;
-    static char text[LINES][SHOWN][WIDTH + 1];
     if (!data->glyphs) return;
-    for (size_t e = 0; e < shown; ) e += judge(&run->model, run->verdict, &run->batch, data, e);
-    for (size_t e = 0; e < shown; e++) {
-        size_t line = 0, column = 0;
-        for (uint32_t t = 0; t < data->answer[e]; t++) {
-            char c = glyph(data, data_token(data, data->offset[e] + t));
-            if (c == '\n') line += column > 0, column = 0;
-            else if (c != '?' && line < LINES && column < WIDTH) text[line][e][column++] = c;
-        }
-        lines = max_size(lines, min_size(line, LINES));
+    judge(&run->model, run->verdict, &run->batch, data, 0);
+    putchar('\n');
+    for (uint32_t t = 0; t < data->answer[0]; t++) {
+        char c = glyph(data, data_token(data, data->offset[0] + t));
+        if (c != '?') putchar(c);
     }
-    printf("\n");
-    for (size_t line = 0; line < lines; line++) {
-        for (size_t e = 0; e < shown; e++) printf("  %-*s", WIDTH, text[line][e]);
-        printf("\n");
-    }
-    for (size_t e = 0; e < shown; e++) {
-        uint32_t label = data_token(data, data->offset[e] + data->answer[e]);
-        printf("  read as %c, is %c%*s", glyph(data, run->verdict[e].said), glyph(data, label), WIDTH - 15, "");
-    }
-    printf("\n");
+    printf("\n  read as %c, is %c\n", glyph(data, run->verdict[0].said), glyph(data, data_token(data, data->answer[0])));
 }
 
 // Makes the output folder, and keeps the user from losing the run that it may hold.
@@ -2268,6 +2248,37 @@ static void run_full(Run *run)
     base_save(model, path);
 }
 
+// From the command line to the ticket.
+static void run_whole(Run *run, int argc, char **argv)
+{
+    Model *model = &run->model;
+    parse_options(argc, argv);
+    run->start = seconds();
+    run->terminal = isatty(1);
+    File base = base_open(model, opt.base);
+    load_data(run);
+    run->settings = settings_text();
+    if (opt.method != METHOD_EVAL) prepare_folder(run);
+    fputs(run->settings, stdout);
+    plan(run);
+    base_read(model, &base);
+    if (*opt.ticket) ticket_load(model, opt.ticket);
+    print_heading(run);
+    print_row(run, add_row(run, *opt.ticket ? "ticket" : "base", NAN));
+    if (opt.method == METHOD_RIGSA) run_rigsa(run);
+    if (opt.method == METHOD_FULL) run_full(run);
+    if (run->passes > 1) {
+        print_heading(run);
+        for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
+    }
+    draw_example(run);
+    if (opt.method != METHOD_RIGSA) return;
+    size_t n = adapter_entries(model), full = 0;
+    for (size_t a = 0; a < matrices(model); a++) full += delta_tensor(model, a)->rows * delta_tensor(model, a)->cols;
+    printf("\nticket: density %.4f, %zu entries, hash %016llx\n",
+           (double)n / (double)full, n, (unsigned long long)ticket_hash(model));
+}
+
 #ifndef TESTING
 // libgomp's threads spin for milliseconds before they sleep when they wait for each other: where other programs use the cores
 // too, that made a run ten times slower (dev/LOG.md). The library reads its environment before main, so start once more.
@@ -2281,35 +2292,9 @@ static void spin_briefly(char **argv)
 int main(int argc, char **argv)
 {
     static Run run;
-    Model *model = &run.model;
     spin_briefly(argv);
-    parse_options(argc, argv);
-    run.start = seconds();
-    run.terminal = isatty(1);
     setvbuf(stdout, NULL, _IOLBF, 0);                   // a log that is read while the run goes on
-    File base = base_open(model, opt.base);
-    load_data(&run);
-    run.settings = settings_text();
-    if (opt.method != METHOD_EVAL) prepare_folder(&run);
-    fputs(run.settings, stdout);
-    plan(&run);
-    base_read(model, &base);
-    if (*opt.ticket) ticket_load(model, opt.ticket);
-    print_heading(&run);
-    print_row(&run, add_row(&run, *opt.ticket ? "ticket" : "base", NAN));
-    if (opt.method == METHOD_RIGSA) run_rigsa(&run);
-    if (opt.method == METHOD_FULL) run_full(&run);
-    if (run.passes > 1) {
-        print_heading(&run);
-        for (size_t i = 0; i < run.rows; i++) print_row(&run, &run.row[i]);
-    }
-    draw_examples(&run);
-    if (opt.method == METHOD_RIGSA) {
-        size_t n = adapter_entries(model), full = 0;
-        for (size_t a = 0; a < matrices(model); a++) full += delta_tensor(model, a)->rows * delta_tensor(model, a)->cols;
-        printf("\nticket: density %.4f, %zu entries, hash %016llx\n",
-               (double)n / (double)full, n, (unsigned long long)ticket_hash(model));
-    }
+    run_whole(&run, argc, argv);
     return 0;
 }
 #endif
