@@ -66,6 +66,9 @@ static int omp_get_num_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 static int omp_in_parallel(void) { return 0; }
 #endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the file formats are little-endian, and so must the machine be"
 #endif
@@ -132,7 +135,7 @@ typedef struct {
     float *dx, *dxn;           // (N, C)
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
     float *dgate, *dup, *dh;   // (N, F)
-    float *transposed;         // (O + I, N) of the largest matrix: dy^T and x^T for the sampled gradient
+    float *transposed;         // (O + I, SPAN) of the largest matrix: dy^T and x^T for the sampled gradient
     float *scores;             // (threads, 2, QUERIES, T) attention's block of scores and its gradient
     float *cosine, *sine;      // (T, D / 2)
     float *xm, *dxm;           // (M, C) answer rows picked out of N, and their gradient
@@ -346,39 +349,87 @@ static void matmul_naive(float *c, size_t ldc, const float *a, size_t a_row, siz
 // AVX-512 has 32 registers of 16 floats: 8 x 3 accumulators leave room for b. Half as many registers of 8 or of 4: 6 x 2.
 #if defined(__AVX512F__)
 enum { LANES = 16, MR = 8, NV = 3 };
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 enum { LANES = 8, MR = 6, NV = 2 };
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
 #else
 enum { LANES = 4, MR = 6, NV = 2 };
+#define LOW_HALVES 0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
 #endif
 // So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them: a
-// slice of b, KC x NC, which all threads share and which stays in L2 and L3, and per thread a block of a, MC x KC, in L2.
-enum { NR = NV * LANES, KC = 288, MC = 96, NC = 32 * NR };
+// slice of b, KC x NC, which all threads share and which stays in L3, and per thread a block of a, MC x KC, in L2. A long KC
+// saves passes over c, and a tile still finds its panel of b, KC x NR, in L2.
+enum { NR = NV * LANES, KC = 576, MC = 96, NC = 32 * NR };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
 
-static _Thread_local float packed_a[MC * KC] __attribute__((aligned(64)));
+static _Thread_local float packed_a[MC * KC + LANES] __attribute__((aligned(64)));
 static _Thread_local float packed_b[KC * NC] __attribute__((aligned(64)));
 
-// c (rows <= MR, cols <= NR) = or += MR rows of a, whose element (r, k) is a[r * a_row + k * a_col], times a packed panel of b.
+// With --precision bf16 both operands are rounded to bfloat16, the upper half of a float, on their way into the packed slices,
+// where each 32-bit lane then holds a pair: steps 2k (low half) and 2k + 1 of the sum over k. Sums stay in fp32.
+typedef enum { FP32, BF16 } Precision;
+static Precision precision;
+
+// To bfloat16, ties to even. A NaN stays one: the carry out of its mantissa could make it a zero.
+static inline uint32_t round_bf16(float x)
+{
+    union { float f; uint32_t i; } u = { x };
+    return (x == x ? u.i + 0x7FFF + (u.i >> 16 & 1) : 0x7FC00000) >> 16;
+}
+
+static inline float widen_bf16(uint16_t x)
+{
+    union { uint32_t i; float f; } u = { (uint32_t)x << 16 };
+    return u.f;
+}
+
+static inline float pair_bf16(float low, float high)
+{
+    union { uint32_t i; float f; } u = { round_bf16(low) | round_bf16(high) << 16 };
+    return u.f;
+}
+
+static inline vec broadcast(float x) { return x - (vec){ 0 }; }          // x + 0 would not be x where x is -0
+
+// sum + a b, lane by lane: one product in fp32, two in bf16. The instruction and its portable twin differ only in rounding.
+static inline __attribute__((always_inline)) vec multiply_add(vec sum, vec a, vec b, Precision of)
+{
+    if (of == FP32) return sum + a * b;
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    vec_bits ia = (vec_bits)a, ib = (vec_bits)b;
+    return sum + (vec)(ia & 0xFFFF0000) * (vec)(ib & 0xFFFF0000) + (vec)(ia << 16) * (vec)(ib << 16);
+#endif
+}
+
+// c (rows <= MR, cols <= nv LANES) = or += MR rows of a, whose lane (r, k) is a[r * a_row + k * a_col], times a packed panel of b.
 static inline __attribute__((always_inline))
 void matmul_tile(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *pb, size_t K,
-                 size_t rows, size_t cols, int add)
+                 size_t rows, size_t cols, int add, int nv, Precision of)
 {
     vec sum[MR][NV] = { 0 };
+    for (size_t r = 0; r < rows; r++)
+        for (int v = 0; v < nv; v++) __builtin_prefetch(c + r * ldc + v * LANES, 1);     // needed when k is through
     for (size_t k = 0; k < K; k++, a += a_col, pb += NR) {
         vec b[NV];
         #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) b[v] = *(const vec *)(pb + v * LANES);
+        for (int v = 0; v < nv; v++) b[v] = *(const vec *)(pb + v * LANES);
         #pragma GCC unroll 8
         for (int r = 0; r < MR; r++)
             #pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) sum[r][v] += a[(size_t)r * a_row] * b[v];
+            for (int v = 0; v < nv; v++) sum[r][v] = multiply_add(sum[r][v], broadcast(a[(size_t)r * a_row]), b[v], of);
     }
-    if (rows == MR && cols == NR) {
+    if (rows == MR && cols == (size_t)nv * LANES) {
         #pragma GCC unroll 8
         for (int r = 0; r < MR; r++)
             #pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) {
+            for (int v = 0; v < nv; v++) {
                 vec *to = (vec *)(c + r * ldc + v * LANES);
                 *to = add ? (vec)(*to + sum[r][v]) : sum[r][v];
             }
@@ -389,52 +440,122 @@ void matmul_tile(float *c, size_t ldc, const float *a, size_t a_row, size_t a_co
     }
 }
 
-// to (K, width) = the strip of `width` rows (or columns) that starts at from; `used` of them exist, the others become zero.
-// Neighbours are `across` apart, steps of k `along`. 16 steps at a time, so that what is read and written stays in L1.
-static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K)
+static void matmul_tiles(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *pb, size_t K,
+                         size_t rows, size_t cols, int add)
 {
-    for (size_t k0 = 0; k0 < K; k0 += 16) {
-        size_t end = min_size(K, k0 + 16);
-        if (across == 1)
-            for (size_t k = k0; k < end; k++)
-                for (size_t j = 0; j < used; j++) to[k * width + j] = from[k * along + j];
-        else
-            for (size_t j = 0; j < used; j++)
-                for (size_t k = k0; k < end; k++) to[k * width + j] = from[j * across + k * along];
-        for (size_t k = k0; k < end; k++)
-            for (size_t j = used; j < width; j++) to[k * width + j] = 0;
+    #define TILE(nv, of) matmul_tile(c, ldc, a, a_row, a_col, pb, K, rows, cols, add, nv, of)
+    if (precision == FP32) cols <= LANES ? TILE(1, FP32) : cols <= 2 * LANES ? TILE(2, FP32) : TILE(NV, FP32);
+    else                   cols <= LANES ? TILE(1, BF16) : cols <= 2 * LANES ? TILE(2, BF16) : TILE(NV, BF16);
+    #undef TILE
+}
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_bits){ __VA_ARGS__ })
+#endif
+
+// A block of LANES x LANES transposed in registers: each of log2(LANES) steps deals row i and row i + LANES / 2 out alternately,
+// lane by lane, like two halves of a deck of cards.
+static inline __attribute__((always_inline)) void transpose_block(vec row[LANES])
+{
+    vec dealt[LANES];
+    #pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+        #pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            dealt[2 * i] = SHUFFLE(row[i], row[i + LANES / 2], LOW_HALVES);
+            dealt[2 * i + 1] = SHUFFLE(row[i], row[i + LANES / 2], HIGH_HALVES);
+        }
+        memcpy(row, dealt, sizeof dealt);
     }
 }
 
+typedef union { vec all; float one[LANES]; uint16_t half[2 * LANES]; } Lanes;
+
+// LANES lanes along k from one row (or column), whose steps of k are `along` apart; only `steps` steps exist, the others are zero.
+static inline vec lanes_along(const float *from, size_t along, size_t steps)
+{
+    Lanes lanes = { { 0 } };
+    if (precision == FP32) {
+        if (along == 1 && steps >= LANES) return *(const vec *)from;
+        for (size_t i = 0; i < min_size(steps, LANES); i++) lanes.one[i] = from[i * along];
+    } else if (along == 1 && steps >= 2 * LANES)
+        for (size_t i = 0; i < 2 * LANES; i++) lanes.half[i] = (uint16_t)round_bf16(from[i]);
+    else for (size_t i = 0; i < min_size(steps, 2 * LANES); i++) lanes.half[i] = (uint16_t)round_bf16(from[i * along]);
+    return lanes.all;
+}
+
+// One lane of k from each of LANES neighbours that lie side by side; only `used` of them exist.
+static inline vec lanes_across(const float *from, size_t along, size_t steps, size_t used)
+{
+    static const float zeros[LANES];                    // what an odd sum's last step is paired with
+    Lanes lanes = { { 0 } };
+    const float *high = steps > 1 ? from + along : zeros;
+    if (precision == FP32) {
+        if (used >= LANES) return *(const vec *)from;
+        for (size_t j = 0; j < used; j++) lanes.one[j] = from[j];
+    } else if (used >= LANES) for (size_t j = 0; j < LANES; j++) lanes.one[j] = pair_bf16(from[j], high[j]);
+    else for (size_t j = 0; j < used; j++) lanes.one[j] = pair_bf16(from[j], high[j]);
+    return lanes.all;
+}
+
+// to (lanes of k, width) = the strip of `width` rows (or columns) that starts at from; `used` of them exist, the others become zero.
+// Neighbours are `across` apart, steps of k `along`. Where width is no multiple of LANES, a store spills into the next lane's
+// place, which is written after it.
+static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K)
+{
+    size_t per = precision == BF16 ? 2 : 1, lanes = (K + per - 1) / per;
+    static const float zeros[NR];
+    if (across == 1)
+        for (size_t k = 0; k < lanes; k++) {
+            const float *low = from + per * k * along, *high = per * k + 1 < K ? low + along : zeros;
+            if (precision == FP32) for (size_t j = 0; j < used; j++) to[k * width + j] = low[j];
+            else for (size_t j = 0; j < used; j++) to[k * width + j] = pair_bf16(low[j], high[j]);
+            for (size_t j = used; j < width; j++) to[k * width + j] = 0;
+        }
+    else
+        for (size_t k0 = 0; k0 < lanes; k0 += LANES)
+            for (size_t j0 = (width - 1) / LANES * LANES + LANES; (j0 -= LANES) < width; ) {
+                vec block[LANES];
+                for (size_t j = j0; j < j0 + LANES; j++)
+                    block[j - j0] = j < used ? lanes_along(from + j * across + per * k0 * along, along, K - per * k0) : (vec){ 0 };
+                transpose_block(block);
+                for (size_t k = k0; k < min_size(lanes, k0 + LANES); k++) *(vec *)(to + k * width + j0) = block[k - k0];
+            }
+}
+
 // The part of one thread, `id` of a team that shares `pb`: every threads-th panel of b to pack, then every threads-th block of c.
+// In fp32, rows of a that lie along k are read where they are.
 static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
                         const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add,
                         float *pb, size_t id, size_t threads)
 {
     size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
     size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
+    size_t per = precision == BF16 ? 2 : 1;
     float *pa = packed_a;
     for (size_t j0 = 0; j0 < N; j0 += NC)
-        for (size_t k0 = 0; k0 < K; k0 += KC) {
-            size_t nc = min_size(NC, N - j0), kc = min_size(KC, K - k0);
+        for (size_t k0 = 0; k0 < K; k0 += per * KC) {
+            size_t nc = min_size(NC, N - j0), kc = min_size(per * KC, K - k0), lanes = (kc + per - 1) / per;
             for (size_t j = id * NR; j < nc; j += threads * NR)
-                matmul_pack(pb + j * kc, b + k0 * b_row + (j0 + j) * b_col, b_col, b_row, NR, min_size(NR, nc - j), kc);
+                matmul_pack(pb + j * lanes, b + k0 * b_row + (j0 + j) * b_col, b_col, b_row, NR, min_size(NR, nc - j), kc);
             if (threads > 1) {
                 #pragma omp barrier
             }
             for (size_t i0 = id * mc; i0 < M; i0 += threads * mc) {
-                size_t rows = min_size(mc, M - i0), direct = a_col == 1 ? rows / MR * MR : 0;
+                size_t rows = min_size(mc, M - i0), direct = precision == FP32 && a_col == 1 ? rows / MR * MR : 0;
                 const float *a0 = a + i0 * a_row + k0 * a_col;
                 for (size_t i = direct; i < rows; i += MR)
-                    matmul_pack(pa + i * kc, a0 + i * a_row, a_row, a_col, MR, min_size(MR, rows - i), kc);
+                    matmul_pack(pa + i * lanes, a0 + i * a_row, a_row, a_col, MR, min_size(MR, rows - i), kc);
                 for (size_t j = 0; j < nc; j += NR) {
                     float *c0 = c + i0 * ldc + j0 + j;
                     size_t cols = min_size(NR, nc - j);
                     for (size_t i = 0; i < direct; i += MR)
-                        matmul_tile(c0 + i * ldc, ldc, a0 + i * a_row, a_row, 1, pb + j * kc, kc, MR, cols, add || k0);
+                        matmul_tiles(c0 + i * ldc, ldc, a0 + i * a_row, a_row, 1, pb + j * lanes, lanes, MR, cols, add || k0);
                     for (size_t i = direct; i < rows; i += MR)
-                        matmul_tile(c0 + i * ldc, ldc, pa + i * kc, 1, MR, pb + j * kc, kc,
-                                    min_size(MR, rows - i), cols, add || k0);
+                        matmul_tiles(c0 + i * ldc, ldc, pa + i * lanes, 1, MR, pb + j * lanes, lanes,
+                                     min_size(MR, rows - i), cols, add || k0);
                 }
             }
             if (threads > 1) {
@@ -756,32 +877,55 @@ static double sum_of_parts(const double *part)
     return sum;
 }
 
-// to (cols, rows) = from (rows, cols) transposed.
-static void transpose(float *to, const float *from, size_t rows, size_t cols)
+// Below this density it is faster to compute the surviving entries of dW one by one than all of them in a dense product.
+#define SAMPLED_BELOW 0.3
+
+enum { SPAN = 128 };         // lanes of rows that are differentiated at a time: x's, transposed, stay in L2 or near it
+
+// to (cols, SPAN) = from (rows, cols) transposed, in lanes as matmul packs them; zero where there are no more rows.
+static void transpose_lanes(float *to, const float *from, size_t rows, size_t cols)
 {
-    #pragma omp parallel for
-    for (size_t c0 = 0; c0 < cols; c0 += 16)
-        for (size_t r = 0; r < rows; r++)
-            for (size_t c = c0; c < min_size(cols, c0 + 16); c++) to[c * rows + r] = from[r * cols + c];
+    size_t per = precision == BF16 ? 2 : 1;
+    #pragma omp parallel for collapse(2)
+    for (size_t n0 = 0; n0 < SPAN; n0 += LANES)
+        for (size_t c0 = 0; c0 < cols; c0 += LANES) {
+            vec block[LANES];
+            for (size_t n = n0; n < n0 + LANES; n++)
+                block[n - n0] = per * n < rows ? lanes_across(from + per * n * cols + c0, cols, rows - per * n, cols - c0) : (vec){ 0 };
+            transpose_block(block);
+            for (size_t c = c0; c < min_size(cols, c0 + LANES); c++) *(vec *)(to + c * SPAN + n0) = block[c - c0];
+        }
 }
 
-// Below this density it is faster to compute the surviving entries of dW one by one than all of them in a dense product.
-#define SAMPLED_BELOW 0.15
+static inline __attribute__((always_inline)) float lanes_dot(const float *a, const float *b, Precision of)
+{
+    typedef float quad __attribute__((vector_size(16)));
+    union { vec all; quad part[LANES / 4]; } sum = { { 0 } };
+    #pragma GCC unroll 8
+    for (int l = 0; l < SPAN; l += LANES) sum.all = multiply_add(sum.all, *(const vec *)(a + l), *(const vec *)(b + l), of);
+    for (int i = 1; i < LANES / 4; i++) sum.part[0] += sum.part[i];
+    return (sum.part[0][0] + sum.part[0][2]) + (sum.part[0][1] + sum.part[0][3]);
+}
 
-// dw[k] = entry index[k] of dy^T x: only the survivors are differentiated.
+// dw[k] = entry index[k] of dy^T x: only the survivors are differentiated, each a dot product of two rows of the transposes.
 static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *transposed, size_t N)
 {
-    size_t O = delta->rows, I = delta->cols;
-    float *dy_t = transposed, *x_t = transposed + O * N;        // (O, N), (I, N): each dot product reads two rows
-    transpose(dy_t, dy, N, O);
-    transpose(x_t, x, N, I);
-    #pragma omp parallel for
-    for (size_t k = 0; k < delta->n; k++) {
-        const float *dy_o = dy_t + delta->index[k] / I * N, *x_i = x_t + delta->index[k] % I * N;
-        float sum = 0;
-        #pragma omp simd reduction(+:sum)
-        for (size_t n = 0; n < N; n++) sum += dy_o[n] * x_i[n];
-        dw[k] = sum;
+    size_t O = delta->rows, I = delta->cols, rows;
+    float *dy_t = transposed, *x_t = transposed + O * SPAN;        // (O, SPAN), (I, SPAN)
+    memset(dw, 0, delta->n * sizeof(float));
+    for (size_t n = 0; n < N; n += rows) {
+        rows = min_size(N - n, precision == BF16 ? 2 * SPAN : SPAN);
+        transpose_lanes(dy_t, dy + n * O, rows, O);
+        transpose_lanes(x_t, x + n * I, rows, I);
+        #pragma omp parallel for
+        for (size_t p = 0; p < PARTS; p++) {
+            size_t k = delta->n * p / PARTS, end = delta->n * (p + 1) / PARTS, o = k < end ? delta->index[k] / I : 0;
+            for (; k < end; k++) {
+                while (delta->index[k] >= (o + 1) * I) o++;
+                const float *dy_o = dy_t + o * SPAN, *x_i = x_t + (delta->index[k] - o * I) * SPAN;
+                dw[k] += precision == FP32 ? lanes_dot(dy_o, x_i, FP32) : lanes_dot(dy_o, x_i, BF16);
+            }
+        }
     }
 }
 
@@ -1611,7 +1755,7 @@ static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M
     a->dx = take(arena, N * C), a->dxn = take(arena, N * C), a->dxm = take(arena, M * C), a->dxf = take(arena, M * C);
     a->dq = take(arena, N * HD), a->dk = take(arena, N * KVD), a->dv = take(arena, N * KVD), a->datt = take(arena, N * HD);
     a->dgate = take(arena, N * F), a->dup = take(arena, N * F), a->dh = take(arena, N * F);
-    a->transposed = take(arena, N * (C + max_size(F, HD)));
+    a->transposed = take(arena, SPAN * (C + max_size(F, HD)));
 }
 
 static size_t acts_alloc(Model *model, size_t N, size_t T, size_t M, int training, int really)
