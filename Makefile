@@ -42,8 +42,10 @@ test-all:
 dev/bench_%: dev/bench_%.c dev/bench.h test_rigsa.c train_rigsa.c
 	$(CC) $(CFLAGS) $(STRICT) $(OPENMP) -o $@ $< $(LDLIBS) -ldl
 
-bench: dev/bench_kernels
+bench: dev/bench_kernels dev/bench_step
 	dev/bench_kernels
+	dev/bench_step
+	dev/bench_step --density 0.0346
 
 nano: train_rigsa
 	bash dev/nano/make_nano.sh
