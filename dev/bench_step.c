@@ -4,8 +4,9 @@
 //
 //     dev/bench_step                               SmolLM2-135M, 2 x 832 tokens, dense: a profile by parts
 //     dev/bench_step --model 360M --density 0.0346
-//     dev/bench_step --steps 0                     for other programs: one step for each line of input, answered with one line:
-//                                                  seconds, the most bytes that were resident so far, the loss
+//     dev/bench_step --steps 0                     for other programs: prints the config, in the order of the file (doc/model.md);
+//                                                  then one step for each line of input, and one line for each step: seconds,
+//                                                  the most bytes that were resident so far, the loss
 //
 // The model is random and lives in memory; the loss is on the last token of each sequence. train_rigsa.c has no timers and needs
 // none: here its own calls go through the macros below.
@@ -216,7 +217,9 @@ int main(int argc, char **argv)
     one_step(run, t++);
     if (steps == 0) {
         char line[256];
-        printf("ready\n");
+        const Config *c = &model->config;
+        printf("%u %u %u %u %u %u %u %u %u %u %.9g %.9g\n", c->C, c->F, c->L, c->H, c->KV, c->D, c->V, c->context, c->tied, c->dtype,
+               c->theta, c->eps);
         while (fgets(line, sizeof line, stdin)) {
             double s = one_step(run, t++);
             printf("%.4f %.0f %.4f\n", s, peak_memory(), loss);
