@@ -12,7 +12,10 @@
 // none: here its own calls go through the macros below.
 
 // The part of a step that a function's own time counts for. What it calls may count for another part.
-enum part { IN_REST, IN_Y, IN_DX, IN_DW, IN_GRADIENT, IN_WEIGHT, IN_ATTENTION, IN_SMALL, IN_HEAD, IN_UPDATE, STEP_PARTS, IN_PRODUCT };
+enum part {
+    IN_Y, IN_DX, IN_DW, IN_HEAD, IN_ATTENTION, IN_WEIGHT, IN_GRADIENT, IN_SMALL, IN_UPDATE, IN_REST, STEP_PARTS,
+    IN_PRODUCT          // counts for the part that asked for it, but the gradient's counts as IN_DW
+};
 static void enter(enum part part);
 static void leave(double work);
 static double seen_keys(const void *rows);
@@ -78,7 +81,6 @@ static void charge(void)                // the time since the last change belong
     since = now;
 }
 
-// A product counts for the function that asked for it, which knows its work; only the gradient's is a part of its own.
 static void enter(enum part part)
 {
     if (omp_get_thread_num()) return;
@@ -175,15 +177,13 @@ static double peak_memory(void)         // bytes: the most that was resident so 
 static void print_profile(double step, size_t steps, const Limits *limits)
 {
     static const struct { const char *name; int product; } row[STEP_PARTS] = {
-        [IN_Y] = { "y = x W^T", 1 }, [IN_DX] = { "dx = dy W", 1 }, [IN_DW] = { "dW = dy^T x", 1 }, [IN_HEAD] = { "head and loss", 1 },
-        [IN_ATTENTION] = { "attention", 1 }, [IN_WEIGHT] = { "forming W", 0 }, [IN_GRADIENT] = { "dW into the gradient", 0 },
-        [IN_SMALL] = { "norms, rope, swiglu", 0 }, [IN_UPDATE] = { "AdamW, norm, zeroing", 0 }, [IN_REST] = { "copies and the rest", 0 } };
-    static const enum part order[] = { IN_Y, IN_DX, IN_DW, IN_HEAD, IN_ATTENTION, IN_WEIGHT, IN_GRADIENT,
-                                       IN_SMALL, IN_UPDATE, IN_REST };
+        [IN_Y] = { "y = x W^T", 1 }, [IN_DX] = { "dx = dy W", 1 }, [IN_DW] = { "dW = dy^T x", 1 },
+        [IN_HEAD] = { "head and loss", 1 }, [IN_ATTENTION] = { "attention", 1 }, [IN_WEIGHT] = { "forming W", 0 },
+        [IN_GRADIENT] = { "dW into the gradient", 0 }, [IN_SMALL] = { "norms, rope, swiglu", 0 },
+        [IN_UPDATE] = { "AdamW, norm, zeroing", 0 }, [IN_REST] = { "copies and the rest", 0 } };
     double operations = 0, peak = limits->flops[want.precision];
     printf("\n%-22s        ms   share       speed   of the limit\n", "");
-    for (size_t i = 0; i < COUNT_OF(order); i++) {
-        enum part p = order[i];
+    for (int p = 0; p < STEP_PARTS; p++) {
         double s = part_seconds[p] / (double)steps, speed = part_work[p] / part_seconds[p];
         printf("%-22s %9.2f  %4.1f %%", row[p].name, 1e3 * s, 100 * s / step);
         if (row[p].product) operations += part_work[p] / (double)steps;
@@ -232,9 +232,9 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < steps; i++) sum += took[i] = one_step(run, t++);
     qsort(took, steps, sizeof(double), by_size);
     double memory = peak_memory();
-    printf("%s, %zu x %u tokens, density %g, %s, %d threads: %.3f s a step (median of %zu), at most %.2f GB resident, loss %.4f\n",
-           MODELS[want.model].name, S, T, want.density, PRECISION[want.precision],
-           omp_get_max_threads(), took[steps / 2], steps, 1e-9 * memory, loss);
+    printf("%s, %zu x %u tokens, density %g, %s: %.3f s a step (median of %zu), at most %.2f GB resident, loss %.4f\n",
+           MODELS[want.model].name, S, T, want.density, PRECISION[want.precision], took[steps / 2], steps, 1e-9 * memory,
+           loss);
     Limits limits = measure_limits(omp_get_max_threads());
     print_profile(sum / (double)steps, steps, &limits);
     return 0;
