@@ -44,8 +44,8 @@ dev/bench_%: dev/bench_%.c dev/bench.h test_rigsa.c train_rigsa.c
 
 bench: dev/bench_kernels dev/bench_step
 	dev/bench_kernels
-	dev/bench_step
-	dev/bench_step --density 0.0346
+	dev/bench_step --steps 2
+	dev/bench_step --steps 2 --density 0.0346
 
 nano: train_rigsa
 	bash dev/nano/make_nano.sh

@@ -233,8 +233,7 @@ int main(int argc, char **argv)
     qsort(took, steps, sizeof(double), by_size);
     double memory = peak_memory();
     printf("%s, %zu x %u tokens, density %g, %s: %.3f s a step (median of %zu), at most %.2f GB resident, loss %.4f\n",
-           MODELS[want.model].name, S, T, want.density, PRECISION[want.precision], took[steps / 2], steps, 1e-9 * memory,
-           loss);
+           MODELS[want.model].name, S, T, want.density, PRECISION[want.precision], took[steps / 2], steps, 1e-9 * memory, loss);
     Limits limits = measure_limits(omp_get_max_threads());
     print_profile(sum / (double)steps, steps, &limits);
     return 0;

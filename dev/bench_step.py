@@ -158,8 +158,8 @@ def compare(name, args):
     ratios = [b[0] / a[0] for a, b in pairs]
     seconds = [statistics.median(step[0] for step in steps) for steps in zip(*pairs)]
     memory = [max(step[1] for step in steps) / 1e9 for steps in zip(*pairs)]
-    return (f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) | {memory[0]:.2f} | {memory[1]:.2f} | {memory[1] / memory[0]:.2f} |")
+    return (f"| {name} | {seconds[0]:.3g} | {seconds[1]:.3g} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}) | {memory[0]:.3g} | {memory[1]:.3g} | {memory[1] / memory[0]:.2f} |")
 
 
 def main():
