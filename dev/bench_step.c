@@ -218,8 +218,8 @@ int main(int argc, char **argv)
     if (steps == 0) {
         char line[256];
         const Config *c = &model->config;
-        printf("%u %u %u %u %u %u %u %u %u %u %.9g %.9g\n", c->C, c->F, c->L, c->H, c->KV, c->D, c->V, c->context, c->tied, c->dtype,
-               c->theta, c->eps);
+        printf("%u %u %u %u %u %u %u %u %u %u %.9g %.9g\n", c->C, c->F, c->L, c->H, c->KV, c->D, c->V, c->context, c->tied,
+               c->dtype, c->theta, c->eps);
         while (fgets(line, sizeof line, stdin)) {
             double s = one_step(run, t++);
             printf("%.4f %.0f %.4f\n", s, peak_memory(), loss);
@@ -232,7 +232,7 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < steps; i++) sum += took[i] = one_step(run, t++);
     qsort(took, steps, sizeof(double), by_size);
     double memory = peak_memory();
-    printf("%s, %zu x %u tokens, density %g, %s: %.3f s a step (median of %zu), at most %.2f GB resident, loss %.4f\n",
+    printf("%s, %zu x %u tokens, density %g, %s: %.3f s a step (median of %zu), at most %.2f GB, loss %.4f\n",
            MODELS[want.model].name, S, T, want.density, PRECISION[want.precision], took[steps / 2], steps, 1e-9 * memory, loss);
     Limits limits = measure_limits(omp_get_max_threads());
     print_profile(sum / (double)steps, steps, &limits);
