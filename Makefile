@@ -1,6 +1,7 @@
 # make train_rigsa && ./train_rigsa   the default run: five rounds and a winning ticket in under three minutes
 # make test                           every gradient and every rule, without Python (STORIES=FILE: and a real model speaks)
 # make test-all                       the same under sanitizers, without OpenMP, with clang, and against PyTorch
+# make bench                          how fast: each kernel and the parts of a step, against what this machine can do; 3 minutes
 # make nano                           rebuilds the committed files of dev/nano from scratch
 # make debug                          ./train_rigsa with assertions, sanitizers and no optimisation
 # make clean
@@ -38,6 +39,14 @@ endif
 test-all:
 	bash .ci/run
 
+dev/bench_%: dev/bench_%.c dev/bench.h test_rigsa.c train_rigsa.c
+	$(CC) $(CFLAGS) $(STRICT) $(OPENMP) -o $@ $< $(LDLIBS) -ldl
+
+bench: dev/bench_kernels dev/bench_step
+	dev/bench_kernels
+	dev/bench_step --steps 2
+	dev/bench_step --steps 2 --density 0.0346
+
 nano: train_rigsa
 	bash dev/nano/make_nano.sh
 
@@ -45,6 +54,6 @@ debug: CFLAGS = -O0 -g3 -fsanitize=address,undefined -fno-omit-frame-pointer
 debug: clean train_rigsa
 
 clean:
-	rm -f train_rigsa test_rigsa stories.bin
+	rm -f train_rigsa test_rigsa dev/bench_kernels dev/bench_step stories.bin
 
-.PHONY: test test-all nano debug clean
+.PHONY: test test-all bench nano debug clean
