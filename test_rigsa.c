@@ -1116,7 +1116,7 @@ static void test_empty_masks(void)
 static void base_load(Model *model, const char *path)
 {
     File file = base_open(model, path);
-    base_read(model, &file);
+    base_read(model, &file, 0);
 }
 
 // A base and a ticket: a dense adapter, one that was pruned, one that is partly at its initial values, an empty one.

@@ -91,6 +91,7 @@ typedef struct {
     size_t n;                  // values that are stored: rows * cols, or the survivors of a mask
     uint32_t *index;           // (n) where they are, row * cols + column, ascending; NULL: everywhere
     float *value;              // (n)
+    uint16_t *half;            // (n) in its place, bfloat16: a frozen matrix with --precision bf16; otherwise NULL
     float *grad, *m, *v;       // (n) gradient and AdamW's two moments; NULL: frozen
     float lr, decay;           // learning rate and decoupled weight decay
     int adapter;               // number of this matrix among the adapted ones, 7 * layer + 0..6; -1: never adapted
@@ -114,23 +115,25 @@ typedef struct {
     uint32_t *target;          // (M) the token that each answer row should predict
 } Batch;
 
-// What a layer keeps for its backward pass. What is cheap to compute again is not kept: norm outputs and the gated product.
+// What the backward pass needs of a layer. What is cheap to compute again is not kept: norm outputs and the gated product.
 // In the last layer only answer rows go on after k and v, because nothing reads the others: there, R = M, and R = N elsewhere.
 typedef struct {
     float *x;                  // (N, C) input of the layer
-    float *rstd1;              // (N) 1 / rms of x
     float *q;                  // (R, H, D) queries, rotated
     float *k, *v;              // (N, KV, D) keys, rotated, and values
     float *att;                // (R, H, D) what attention gathered
-    float *lse;                // (R, H) log of the sum of the exponentials of the scores
     float *x2;                 // (R, C) after attention's residual
-    float *rstd2;              // (R)
     float *gate, *up;          // (R, F) the two halves of SwiGLU, before the activation
+    float *lse;                // (R, H) log of the sum of the exponentials of the scores
+    float *rstd1, *rstd2;      // (N), (R) 1 / rms of x and of x2
+    float *kept;               // where layers share the arrays from x to up: the copy of this layer's, for its backward pass
 } Layer;
 
 typedef struct {
     size_t N, T, M;            // the largest batch, sequence and number of answer rows that fit
     Layer *layer;              // (L + 1) the last one holds only x (M, C), the input of the final norm
+    size_t keep;               // floats from x on that a layer's copy holds: all, or with `recompute` only x
+    int recompute;             // run a layer's forward pass again before its backward pass: less memory, a third more work
     float *xn, *h;             // (N, C), (N, F) norm output, gated product
     float *dx, *dxn;           // (N, C)
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
@@ -171,6 +174,7 @@ struct Model {
     Rest rest;
     float *scratch;            // (O, I) of the largest matrix: W on its way into a product, or dW on its way out
     Activations acts;
+    uint16_t *half_arena;
     float *base_arena, *value_arena, *grad_arena, *m_arena, *v_arena;
     uint32_t *index_arena;
 };
@@ -823,11 +827,15 @@ static void crossentropy_backward(float *logits, const float *logp, const uint32
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. Adapters
 
+static inline float frozen(const Tensor *t, size_t i) { return t->half ? widen_bf16(t->half[i]) : t->value[i]; }
+
 // The plain adapter: W = W0. The gradient of the weight itself, when it is trained (`--method full`): dW0 += dy^T x.
 static const float *plain_weight(Model *model, Tensor *t)
 {
-    (void)model;
-    return t->value;
+    if (!t->half) return t->value;
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < t->n; i++) model->scratch[i] = widen_bf16(t->half[i]);
+    return model->scratch;
 }
 
 static void plain_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
@@ -847,23 +855,23 @@ static const float *rigsa_weight(Model *model, Tensor *t)
 {
     size_t a = (size_t)t->adapter, size = t->rows * t->cols;
     const Tensor *delta = delta_tensor(model, a);
-    const float alpha = gates_tensor(model)->value[a], *w0 = t->value, *value = delta->value;
+    const float alpha = gates_tensor(model)->value[a], *value = delta->value;
     float *w = model->scratch;
     if (!delta->index) {
         #pragma omp parallel for simd
-        for (size_t i = 0; i < size; i++) w[i] = w0[i] + alpha * value[i];
+        for (size_t i = 0; i < size; i++) w[i] = frozen(t, i) + alpha * value[i];
         return w;
     }
     if (model->rest == REST_ZERO) {
         #pragma omp parallel for simd
-        for (size_t i = 0; i < size; i++) w[i] = w0[i];
+        for (size_t i = 0; i < size; i++) w[i] = frozen(t, i);
     } else {
         uint64_t key = delta_key(model, a);
         #pragma omp parallel for
-        for (size_t i = 0; i < size; i++) w[i] = w0[i] + alpha * normal(key, i, model->sigma);
+        for (size_t i = 0; i < size; i++) w[i] = frozen(t, i) + alpha * normal(key, i, model->sigma);
     }
     #pragma omp parallel for
-    for (size_t k = 0; k < delta->n; k++) w[delta->index[k]] = w0[delta->index[k]] + alpha * value[k];
+    for (size_t k = 0; k < delta->n; k++) w[delta->index[k]] = frozen(t, delta->index[k]) + alpha * value[k];
     return w;
 }
 
@@ -1007,33 +1015,68 @@ static const Rows *query_rows(const Model *model, const Batch *batch, size_t l)
     return l + 1 == model->config.L ? &batch->answer : &batch->all;
 }
 
-// From the tokens to the residual stream before the final norm, acts.layer[L].x (M, C). The layers keep what backward needs.
+// Everything of layer l that its backward pass reads, from its input a->x.
+static void layer_forward(Model *model, const Batch *batch, size_t l)
+{
+    const Config *c = &model->config;
+    Activations *acts = &model->acts;
+    Layer *a = &acts->layer[l];
+    const Rows *rows = query_rows(model, batch, l);
+    size_t N = batch->all.n, R = rows->n, C = c->C, H = c->H, KV = c->KV, D = c->D;
+    rmsnorm_forward(acts->xn, a->rstd1, a->x, layer_tensor(model, l, ATTN_NORM)->value, N, C, c->eps);
+    linear_forward(model, a->q, layer_tensor(model, l, WQ), gather(acts->xm, acts->xn, rows, C), R, 0);
+    linear_forward(model, a->k, layer_tensor(model, l, WK), acts->xn, N, 0);
+    linear_forward(model, a->v, layer_tensor(model, l, WV), acts->xn, N, 0);
+    rope(a->q, acts->cosine, acts->sine, rows->position, R, H, D, 1);
+    rope(a->k, acts->cosine, acts->sine, batch->all.position, N, KV, D, 1);
+    attention_forward(a->att, a->lse, a->q, a->k, a->v, acts->scores, rows, batch->all.start, batch->S, H, KV, D, acts->T);
+    memcpy(a->x2, gather(acts->xm, a->x, rows, C), R * C * sizeof(float));
+    linear_forward(model, a->x2, layer_tensor(model, l, WO), a->att, R, 1);                  // x2 = x + att Wo^T
+    rmsnorm_forward(acts->xn, a->rstd2, a->x2, layer_tensor(model, l, FFN_NORM)->value, R, C, c->eps);
+    linear_forward(model, a->gate, layer_tensor(model, l, WGATE), acts->xn, R, 0);
+    linear_forward(model, a->up, layer_tensor(model, l, WUP), acts->xn, R, 0);
+}
+
+// Where the layers share their arrays: a copy for the backward pass, in bfloat16 with that precision, and back from it.
+static void layer_keep(Activations *acts, size_t l)
+{
+    const float *x = acts->layer[l].x;
+    uint16_t *half = (uint16_t *)acts->layer[l].kept;
+    if (!half) return;
+    if (precision == FP32) { memcpy(half, x, acts->keep * sizeof(float)); return; }
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < acts->keep; i++) half[i] = (uint16_t)round_bf16(x[i]);
+}
+
+static void layer_recall(Model *model, const Batch *batch, size_t l)
+{
+    Activations *acts = &model->acts;
+    float *x = acts->layer[l].x;
+    const uint16_t *half = (const uint16_t *)acts->layer[l].kept;
+    if (!half) return;
+    if (precision == FP32) memcpy(x, half, acts->keep * sizeof(float));
+    else {
+        #pragma omp parallel for simd
+        for (size_t i = 0; i < acts->keep; i++) x[i] = widen_bf16(half[i]);
+    }
+    if (acts->recompute) layer_forward(model, batch, l);
+}
+
+// From the tokens to the residual stream before the final norm, acts.layer[L].x (M, C).
 static void model_forward(Model *model, const Batch *batch)
 {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
-    size_t N = batch->all.n, C = c->C, F = c->F, H = c->H, KV = c->KV, D = c->D;
-    assert(N <= acts->N && batch->answer.n <= acts->M);
-    embedding_forward(acts->layer[0].x, model->tensors[0].value, batch->token, N, C);
+    assert(batch->all.n <= acts->N && batch->answer.n <= acts->M);
+    embedding_forward(acts->layer[0].x, model->tensors[0].value, batch->token, batch->all.n, c->C);
     for (size_t l = 0; l < c->L; l++) {
         Layer *a = &acts->layer[l];
-        const Rows *rows = query_rows(model, batch, l);
-        size_t R = rows->n;
-        rmsnorm_forward(acts->xn, a->rstd1, a->x, layer_tensor(model, l, ATTN_NORM)->value, N, C, c->eps);
-        linear_forward(model, a->q, layer_tensor(model, l, WQ), gather(acts->xm, acts->xn, rows, C), R, 0);
-        linear_forward(model, a->k, layer_tensor(model, l, WK), acts->xn, N, 0);
-        linear_forward(model, a->v, layer_tensor(model, l, WV), acts->xn, N, 0);
-        rope(a->q, acts->cosine, acts->sine, rows->position, R, H, D, 1);
-        rope(a->k, acts->cosine, acts->sine, batch->all.position, N, KV, D, 1);
-        attention_forward(a->att, a->lse, a->q, a->k, a->v, acts->scores, rows, batch->all.start, batch->S, H, KV, D, acts->T);
-        memcpy(a->x2, gather(acts->xm, a->x, rows, C), R * C * sizeof(float));
-        linear_forward(model, a->x2, layer_tensor(model, l, WO), a->att, R, 1);              // x2 = x + att Wo^T
-        rmsnorm_forward(acts->xn, a->rstd2, a->x2, layer_tensor(model, l, FFN_NORM)->value, R, C, c->eps);
-        linear_forward(model, a->gate, layer_tensor(model, l, WGATE), acts->xn, R, 0);
-        linear_forward(model, a->up, layer_tensor(model, l, WUP), acts->xn, R, 0);
-        swiglu_forward(acts->h, a->gate, a->up, R * F);
-        float *next = acts->layer[l + 1].x;
-        memcpy(next, a->x2, R * C * sizeof(float));
+        float *next = acts->layer[l + 1].x;                 // may be a->x: nothing after layer_keep reads that
+        size_t R = query_rows(model, batch, l)->n;
+        layer_forward(model, batch, l);
+        layer_keep(acts, l);
+        swiglu_forward(acts->h, a->gate, a->up, R * c->F);
+        memcpy(next, a->x2, R * c->C * sizeof(float));
         linear_forward(model, next, layer_tensor(model, l, WDOWN), acts->h, R, 1);           // next x = x2 + h Wd^T
     }
 }
@@ -1081,6 +1124,7 @@ static void model_backward(Model *model, const Batch *batch)
         const Rows *rows = query_rows(model, batch, l);
         size_t R = rows->n;
         Tensor *norm1 = layer_tensor(model, l, ATTN_NORM), *norm2 = layer_tensor(model, l, FFN_NORM);
+        layer_recall(model, batch, l);
         // out = x2 + h Wd^T, h = silu(gate) up
         swiglu_forward(acts->h, a->gate, a->up, R * F);
         linear_backward(model, acts->dh, layer_tensor(model, l, WDOWN), acts->h, dx, R, 0);
@@ -1662,19 +1706,31 @@ static File base_open(Model *model, const char *path)
     return file;
 }
 
-// Reads the weights, widened to fp32 if they are bf16.
-static void base_read(Model *model, File *file)
+// Reads the weights into fp32. With --precision bf16 matrices that stay frozen are held in bfloat16: exactly, where the file is.
+static void base_read(Model *model, File *file, int trained)
 {
-    size_t n = 0, bytes = model->config.dtype ? 2 : 4, at = 0;
-    for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
-    const void *weights = needed(file, "weights", n, bytes);
-    model->hash = hash64(weights, n * bytes);
-    model->base_arena = floats(n);
-    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; at += t++->n) t->value = model->base_arena + at;
-    if (bytes == 4) memcpy(model->base_arena, weights, n * 4);
-    else for (size_t i = 0; i < n; i++) {
-        uint32_t wide = (uint32_t)((const uint16_t *)weights)[i] << 16;
-        memcpy(&model->base_arena[i], &wide, 4);
+    size_t n = 0, halves = 0, bytes = model->config.dtype ? 2 : 4;
+    int half = precision == BF16 && !trained;
+    for (const Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
+        n += t->n;
+        if (half && t->adapter >= 0) halves += t->n;
+    }
+    const char *from = needed(file, "weights", n, bytes);
+    model->hash = hash64(from, n * bytes);
+    float *value = model->base_arena = floats(n - halves);
+    uint16_t *narrow = model->half_arena = allocate(halves, sizeof(uint16_t));
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; from += bytes * t++->n) {
+        const float *single = (const float *)from;
+        const uint16_t *brain = (const uint16_t *)from;
+        if (half && t->adapter >= 0) {
+            for (size_t i = 0; i < t->n; i++) narrow[i] = bytes == 2 ? brain[i] : (uint16_t)round_bf16(single[i]);
+            t->half = narrow;
+            narrow += t->n;
+        } else {
+            for (size_t i = 0; i < t->n; i++) value[i] = bytes == 2 ? widen_bf16(brain[i]) : single[i];
+            t->value = value;
+            value += t->n;
+        }
     }
     file_close(file);
     model->adapter = PLAIN;
@@ -1728,22 +1784,30 @@ static float *take(Arena *arena, size_t n)
     return p;
 }
 
-// Lays out activations for batches of up to N rows, sequences of T and M answer rows. Only training keeps every layer and needs
-// gradients: without it all layers share the memory of the first.
+// Lays out activations for batches of up to N rows, sequences of T and M answer rows. Only fp32 training that does not recompute
+// gives every layer arrays of its own; otherwise all share the first layer's, and training keeps copies.
 static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M, int training)
 {
     const Config *c = &model->config;
     Activations *a = &model->acts;
     size_t C = c->C, F = c->F, HD = (size_t)c->H * c->D, KVD = (size_t)c->KV * c->D;
+    int own = training && precision == FP32 && !a->recompute;
     for (size_t l = 0; l <= c->L; l++) {
         Layer *layer = &a->layer[l];
-        if (l && !training) { *layer = a->layer[0]; continue; }
-        layer->x = take(arena, N * C);
-        if (l == c->L) break;
-        layer->q = take(arena, N * HD), layer->k = take(arena, N * KVD), layer->v = take(arena, N * KVD);
-        layer->att = take(arena, N * HD), layer->lse = take(arena, N * c->H), layer->x2 = take(arena, N * C);
-        layer->gate = take(arena, N * F), layer->up = take(arena, N * F);
-        layer->rstd1 = take(arena, N), layer->rstd2 = take(arena, N);
+        if (l == 0 || own) {
+            size_t start = arena->used;
+            layer->x = take(arena, N * C);
+            if (l == c->L) break;
+            layer->q = take(arena, N * HD), layer->k = take(arena, N * KVD), layer->v = take(arena, N * KVD);
+            layer->att = take(arena, N * HD), layer->x2 = take(arena, N * C);
+            layer->gate = take(arena, N * F), layer->up = take(arena, N * F);
+            a->keep = a->recompute ? N * C : arena->used - start;
+        } else *layer = a->layer[0];
+        if (l == 0 || (training && !a->recompute)) {
+            layer->lse = take(arena, N * c->H);
+            layer->rstd1 = take(arena, N), layer->rstd2 = take(arena, N);
+        }
+        if (training && !own && l < c->L) layer->kept = take(arena, precision == BF16 ? (a->keep + 1) / 2 : a->keep);
     }
     a->N = N, a->T = T, a->M = M;
     a->xn = take(arena, N * C), a->h = take(arena, N * F);
@@ -1863,6 +1927,7 @@ enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL };
 typedef struct {
     char *base, *data, *evals[MAX_EVALS], *out, *ticket;
     int method, rest, survivors, threshold, overwrite;
+    int precision, recompute;
     double examples, ticket_examples, rounds, batch, micro, seed;
     double lr, alpha_lr, sigma, weight_decay, keep, warmup, cooldown;
 } Options;
@@ -1894,6 +1959,8 @@ static const Option table[] = {
     { "rounds", COUNT, &opt.rounds, "0 to 100", "5", "rounds of training and pruning before the last pass" },
     { "batch", COUNT, &opt.batch, "1 to 1e6", "16", "examples per update" },
     { "micro", COUNT, &opt.micro, "0 to 1e6", "0", "examples per forward pass, to save memory; 0: the whole batch" },
+    { "precision", CHOICE, &opt.precision, "fp32|bf16", "fp32", "of products and of what is kept for the backward pass" },
+    { "recompute", FLAG, &opt.recompute, "", "", "keep only the layers' inputs: a third more work, far less memory" },
     { "lr", REAL, &opt.lr, "0 to 10", "0.003", "learning rate of DeltaW (full: of every weight, default 0.001)" },
     { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.007", "learning rate of the gates" },
     { "warmup", REAL, &opt.warmup, "0 to 1", "0.05", "share of a pass over which the learning rates rise from 0" },
@@ -2023,6 +2090,7 @@ static void parse_options(int argc, char **argv)
     if (opt.rest == REST_INIT && opt.survivors == SURVIVORS_REDRAW)
         die("--survivors redraw would also draw afresh what --rest init freezes");
     if (opt.micro == 0 || opt.micro > opt.batch) opt.micro = opt.batch;
+    precision = (Precision)opt.precision;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2309,8 +2377,10 @@ static void plan(Run *run)
     }
     if (T > c->context) printf("note: sequences of %zu tokens, the base was made for %u\n", T, c->context);
     size_t trained = opt.method == METHOD_FULL ? weights : opt.method == METHOD_RIGSA ? adapted + matrices(model) : 0;
+    model->acts.recompute = opt.recompute;
     size_t acts = acts_alloc(model, N, T, M, training, 0);
-    size_t bytes[] = { weights, opt.method == METHOD_RIGSA ? trained : 0, trained, 2 * trained, acts, largest_matrix(model) };
+    size_t halved = precision == BF16 && opt.method != METHOD_FULL ? adapted / 2 : 0;
+    size_t bytes[] = { weights - halved, opt.method == METHOD_RIGSA ? trained : 0, trained, 2 * trained, acts, largest_matrix(model) };
     const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch" };
     double total = 0;
     printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
@@ -2405,7 +2475,7 @@ static void run_whole(Run *run, int argc, char **argv)
     if (opt.method != METHOD_EVAL) prepare_folder(run);
     fputs(run->settings, stdout);
     plan(run);
-    base_read(model, &base);
+    base_read(model, &base, opt.method == METHOD_FULL);
     if (*opt.ticket) ticket_load(model, opt.ticket);
     print_heading(run);
     print_row(run, add_row(run, *opt.ticket ? "ticket" : "base", NAN));
