@@ -591,7 +591,7 @@ static void attention_case(const char *what, Rows rows)
 static void test_attention(void)
 {
     uint32_t all[ATT_N], some[68] = { 2 };
-    scores = floats((size_t)omp_get_max_threads() * 2 * QUERIES * ATT_T);
+    scores = floats((size_t)omp_get_max_threads() * block_floats(ATT_H / ATT_KV, ATT_T, ATT_D));
     for (uint32_t i = 0, s = 0; i < ATT_N; i++) {
         s += i == ATT_KEYS[s + 1];
         all[i] = i - ATT_KEYS[s];

@@ -139,7 +139,7 @@ typedef struct {
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
     float *dgate, *dup, *dh;   // (N, F)
     float *transposed;         // (O + I, SPAN) of the largest matrix: dy^T and x^T for the sampled gradient
-    float *scores;             // (threads, 2, QUERIES, T) attention's block of scores and its gradient
+    float *scores;             // a Block of attention for each thread
     float *cosine, *sine;      // (T, D / 2)
     float *xm, *dxm;           // (M, C) answer rows picked out of N, and their gradient
     float *xf, *dxf, *rstdf;   // (M, C), (M, C), (M) output of the final norm, its gradient, 1 / rms
@@ -675,10 +675,28 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
 }
 
 // Causal attention with grouped queries: head h of q (R, H, D) reads head h / G of k and v (N, KV, D). A row of `query` sees the
-// keys of its own sequence, key_start[s] and on, up to its own position. QUERIES rows at a time meet all keys that they may see,
-// so memory grows with T and never with T^2: `scores` has room for 2 * QUERIES * T_max floats per thread. There is one task per
-// sequence and kv head, and no two tasks write to the same place.
-enum { QUERIES = 64 };
+// keys of its own sequence, key_start[s] and on, up to its own position. About QUERIES queries at a time, the G heads of some rows
+// one above the other, meet all keys that they may see: memory grows with T and never with T^2, and the heads of a group share
+// the packed keys. There is one task per sequence and kv head, and no two tasks write to the same place.
+enum { QUERIES = 128 };
+
+typedef struct { float *p, *ds, *q, *out, *dout; } Block;          // (queries, keys) twice, (queries, D) three times
+
+static size_t block_floats(size_t G, size_t T, size_t D) { return max_size(QUERIES, G) * (2 * T + 3 * D); }
+
+// The block of the calling thread; `scores` has one for each.
+static Block thread_block(float *scores, size_t G, size_t T, size_t D)
+{
+    size_t queries = max_size(QUERIES, G);
+    float *p = scores + (size_t)omp_get_thread_num() * block_floats(G, T, D), *q = p + 2 * queries * T;
+    return (Block){ p, p + queries * T, q, q + queries * D, q + 2 * queries * D };
+}
+
+// to (rows, width) = from (rows, ...), whose rows start `stride` apart; rows of `to` are `to_stride` apart.
+static void copy_rows(float *to, size_t to_stride, const float *from, size_t stride, size_t rows, size_t width)
+{
+    for (size_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * stride, width * sizeof(float));
+}
 
 // The largest of x (n), by LANES running maxima side by side: the order of comparisons is ours to choose, not the compiler's.
 static float maximum(const float *x, size_t n)
@@ -697,36 +715,37 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
                               const Rows *query, const uint32_t *key_start,
                               size_t S, size_t H, size_t KV, size_t D, size_t T_max)
 {
-    size_t G = H / KV;
+    size_t G = H / KV, step = max_size(1, QUERIES / G);
     float scale = 1.0f / sqrtf((float)D);
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t s = 0; s < S; s++)
         for (size_t kv = 0; kv < KV; kv++) {
             const float *k_s = k + (key_start[s] * KV + kv) * D, *v_s = v + (key_start[s] * KV + kv) * D;   // rows KV * D apart
-            float *p = scores + (size_t)omp_get_thread_num() * 2 * QUERIES * T_max;                         // (rows, keys)
-            for (size_t h = kv * G; h < (kv + 1) * G; h++)
-                for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += QUERIES) {
-                    size_t rows = min_size(QUERIES, query->start[s + 1] - r0), at = (r0 * H + h) * D;
-                    size_t keys = query->position[r0 + rows - 1] + 1;
-                    // pass 1: scores = q k^T
-                    matmul(p, keys, q + at, H * D, 1, k_s, 1, KV * D, rows, keys, D, 0);
-                    // pass 2: p = softmax(scale * scores) over the keys up to the row's own
-                    for (size_t r = 0; r < rows; r++) {
-                        size_t seen = query->position[r0 + r] + 1;
-                        float *p_r = p + r * keys, highest = maximum(p_r, seen), sum = 0;
-                        #pragma omp simd reduction(+:sum)
-                        for (size_t j = 0; j < seen; j++) {
-                            p_r[j] = exponential(scale * (p_r[j] - highest));
-                            sum += p_r[j];
-                        }
-                        float normalise = 1.0f / sum;
-                        for (size_t j = 0; j < seen; j++) p_r[j] *= normalise;
-                        memset(p_r + seen, 0, (keys - seen) * sizeof(float));
-                        lse[(r0 + r) * H + h] = scale * highest + logf(sum);
+            Block b = thread_block(scores, G, T_max, D);
+            for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += step) {
+                size_t rows = min_size(step, query->start[s + 1] - r0), at = r0 * H + kv * G;
+                size_t keys = query->position[r0 + rows - 1] + 1;
+                copy_rows(b.q, G * D, q + at * D, H * D, rows, G * D);
+                // pass 1: scores = q k^T
+                matmul(b.p, keys, b.q, D, 1, k_s, 1, KV * D, rows * G, keys, D, 0);
+                // pass 2: p = softmax(scale * scores) over the keys up to the row's own
+                for (size_t i = 0; i < rows * G; i++) {
+                    size_t seen = query->position[r0 + i / G] + 1;
+                    float *p_i = b.p + i * keys, highest = maximum(p_i, seen), sum = 0;
+                    #pragma omp simd reduction(+:sum)
+                    for (size_t j = 0; j < seen; j++) {
+                        p_i[j] = exponential(scale * (p_i[j] - highest));
+                        sum += p_i[j];
                     }
-                    // pass 3: out = p v
-                    matmul(out + at, H * D, p, keys, 1, v_s, KV * D, 1, rows, D, keys, 0);
+                    float normalise = 1.0f / sum;
+                    for (size_t j = 0; j < seen; j++) p_i[j] *= normalise;
+                    memset(p_i + seen, 0, (keys - seen) * sizeof(float));
+                    lse[at + i / G * H + i % G] = scale * highest + logf(sum);
                 }
+                // pass 3: out = p v
+                matmul(b.out, D, b.p, keys, 1, v_s, KV * D, 1, rows * G, D, keys, 0);
+                copy_rows(out + at * D, H * D, b.out, G * D, rows, G * D);
+            }
         }
 }
 
@@ -736,43 +755,46 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
                                const Rows *query, const uint32_t *key_start,
                                size_t S, size_t H, size_t KV, size_t D, size_t T_max)
 {
-    size_t G = H / KV;
+    size_t G = H / KV, step = max_size(1, QUERIES / G);
     float scale = 1.0f / sqrtf((float)D);
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t s = 0; s < S; s++)
         for (size_t kv = 0; kv < KV; kv++) {
             size_t kv_at = (key_start[s] * KV + kv) * D;
             const float *k_s = k + kv_at, *v_s = v + kv_at;
-            float *p = scores + (size_t)omp_get_thread_num() * 2 * QUERIES * T_max, *ds = p + QUERIES * T_max;
-            for (size_t h = kv * G; h < (kv + 1) * G; h++)
-                for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += QUERIES) {
-                    size_t rows = min_size(QUERIES, query->start[s + 1] - r0), at = (r0 * H + h) * D;
-                    size_t keys = query->position[r0 + rows - 1] + 1;
-                    // p = exp(scale * q k^T - lse)
-                    matmul(p, keys, q + at, H * D, 1, k_s, 1, KV * D, rows, keys, D, 0);
-                    for (size_t r = 0; r < rows; r++) {
-                        float *p_r = p + r * keys, lse_r = lse[(r0 + r) * H + h];
-                        size_t seen = query->position[r0 + r] + 1;
-                        #pragma omp simd
-                        for (size_t j = 0; j < seen; j++) p_r[j] = exponential(scale * p_r[j] - lse_r);
-                        memset(p_r + seen, 0, (keys - seen) * sizeof(float));
-                    }
-                    // pass 3 was out = p v:                    dv += p^T dout           dp = dout v^T
-                    matmul(dv + kv_at, KV * D, p, 1, keys, dout + at, H * D, 1, keys, D, rows, 1);
-                    matmul(ds, keys, dout + at, H * D, 1, v_s, 1, KV * D, rows, keys, D, 0);
-                    // pass 2 was p = softmax(scale * scores):   dscores = scale * p (dp - sum_j p_j dp_j)
-                    // where sum_j p_j dp_j = dout . out, because out = sum_j p_j v_j and dp_j = dout . v_j
-                    for (size_t r = 0; r < rows; r++) {
-                        const float *p_r = p + r * keys, *out_r = out + at + r * H * D, *dout_r = dout + at + r * H * D;
-                        float *ds_r = ds + r * keys, mean = 0;
-                        #pragma omp simd reduction(+:mean)
-                        for (size_t d = 0; d < D; d++) mean += dout_r[d] * out_r[d];
-                        for (size_t j = 0; j < keys; j++) ds_r[j] = scale * p_r[j] * (ds_r[j] - mean);
-                    }
-                    // pass 1 was scores = q k^T:               dq = dscores k           dk += dscores^T q
-                    matmul(dq + at, H * D, ds, keys, 1, k_s, KV * D, 1, rows, D, keys, 0);
-                    matmul(dk + kv_at, KV * D, ds, 1, keys, q + at, H * D, 1, keys, D, rows, 1);
+            Block b = thread_block(scores, G, T_max, D);
+            for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += step) {
+                size_t rows = min_size(step, query->start[s + 1] - r0), at = r0 * H + kv * G, n = rows * G;
+                size_t keys = query->position[r0 + rows - 1] + 1;
+                copy_rows(b.q, G * D, q + at * D, H * D, rows, G * D);
+                copy_rows(b.out, G * D, out + at * D, H * D, rows, G * D);
+                copy_rows(b.dout, G * D, dout + at * D, H * D, rows, G * D);
+                // p = exp(scale * q k^T - lse)
+                matmul(b.p, keys, b.q, D, 1, k_s, 1, KV * D, n, keys, D, 0);
+                for (size_t i = 0; i < n; i++) {
+                    float *p_i = b.p + i * keys, lse_i = lse[at + i / G * H + i % G];
+                    size_t seen = query->position[r0 + i / G] + 1;
+                    #pragma omp simd
+                    for (size_t j = 0; j < seen; j++) p_i[j] = exponential(scale * p_i[j] - lse_i);
+                    memset(p_i + seen, 0, (keys - seen) * sizeof(float));
                 }
+                // pass 3 was out = p v:                    dv += p^T dout           dp = dout v^T
+                matmul(dv + kv_at, KV * D, b.p, 1, keys, b.dout, D, 1, keys, D, n, 1);
+                matmul(b.ds, keys, b.dout, D, 1, v_s, 1, KV * D, n, keys, D, 0);
+                // pass 2 was p = softmax(scale * scores):   dscores = scale * p (dp - sum_j p_j dp_j)
+                // where sum_j p_j dp_j = dout . out, because out = sum_j p_j v_j and dp_j = dout . v_j
+                for (size_t i = 0; i < n; i++) {
+                    const float *p_i = b.p + i * keys, *out_i = b.out + i * D, *dout_i = b.dout + i * D;
+                    float *ds_i = b.ds + i * keys, mean = 0;
+                    #pragma omp simd reduction(+:mean)
+                    for (size_t d = 0; d < D; d++) mean += dout_i[d] * out_i[d];
+                    for (size_t j = 0; j < keys; j++) ds_i[j] = scale * p_i[j] * (ds_i[j] - mean);
+                }
+                // pass 1 was scores = q k^T:               dq = dscores k           dk += dscores^T q
+                matmul(b.out, D, b.ds, keys, 1, k_s, KV * D, 1, n, D, keys, 0);
+                copy_rows(dq + at * D, H * D, b.out, G * D, rows, G * D);
+                matmul(dk + kv_at, KV * D, b.ds, 1, keys, b.q, D, 1, keys, D, n, 1);
+            }
         }
 }
 
@@ -1811,7 +1833,7 @@ static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M
     }
     a->N = N, a->T = T, a->M = M;
     a->xn = take(arena, N * C), a->h = take(arena, N * F);
-    a->scores = take(arena, (size_t)omp_get_max_threads() * 2 * QUERIES * T);
+    a->scores = take(arena, (size_t)omp_get_max_threads() * block_floats(c->H / c->KV, T, c->D));
     a->cosine = take(arena, T * c->D / 2), a->sine = take(arena, T * c->D / 2);
     a->xm = take(arena, M * C), a->xf = take(arena, M * C), a->rstdf = take(arena, M);
     a->logits = take(arena, min_size(HEAD_ROWS, M) * c->V), a->logp = take(arena, M), a->best = (uint32_t *)take(arena, M);
@@ -2500,7 +2522,11 @@ static void spin_briefly(char **argv)
 {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "20000", 1);
-    execv("/proc/self/exe", argv);                      // where there is no /proc, go on as the library likes
+    char self[PATH_MAX];                                // where there is no /proc, go on as the library likes
+    ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (length < 0) return;
+    self[length] = 0;
+    execv(self, argv);
 }
 
 int main(int argc, char **argv)

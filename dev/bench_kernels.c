@@ -81,12 +81,12 @@ static void print_products(const char *name, double work, const double here[3], 
     printf("\n");
 }
 
-static void gemm_model(const char *model, const Config *c, size_t N, Precision precision)
+static void gemm_model(const char *model, const Config *c, size_t N, Precision of)
 {
     const size_t C = c->C, F = c->F, HD = (size_t)c->H * c->D, KVD = (size_t)c->KV * c->D;
     const size_t shape[ADAPTED][2] = { { HD, C }, { KVD, C }, { KVD, C }, { C, HD }, { F, C }, { F, C }, { C, F } };   // (O, I)
     double work = 0, here[3] = { 0 }, blas[3] = { 0 };                                     // of the whole layer
-    printf("\n%-5s %s, %4zu rows          y = x W^T%s        dx = dy W%s       dW = dy^T x\n", model, PRECISION[precision], N,
+    printf("\n%-5s %s, %4zu rows          y = x W^T%s        dx = dy W%s       dW = dy^T x\n", model, PRECISION[of], N,
            blas_sgemm ? "      " : "", blas_sgemm ? "      " : "");
     for (int k = 0; k < ADAPTED; k++) {
         char name[64] = "";
@@ -112,21 +112,21 @@ static void gemm_model(const char *model, const Config *c, size_t N, Precision p
         }
         work += (double)same * operations;
         snprintf(name + strlen(name), sizeof name - strlen(name), "%zu x %zu", O, I);
-        print_products(name, operations, one[0], one[1], limits.flops[precision]);
+        print_products(name, operations, one[0], one[1], limits.flops[of]);
         free(x), free(w), free(dy), free(y), free(dx), free(dw);
     }
-    print_products("all seven", work, here, blas, limits.flops[precision]);
+    print_products("all seven", work, here, blas, limits.flops[of]);
 }
 
 static void bench_gemm(void)
 {
     check_topics((const char *[]){ "matmul" }, 1);
     printf("\nProducts: GFLOP/s, share of the peak%s\n", blas_sgemm ? ", times OpenBLAS's speed" : "");
-    for (Precision p = FP32; p < PRECISIONS; p++) {
-        use_precision(p);
-        for (size_t m = 0; m < COUNT_OF(MODELS); m++) gemm_model(MODELS[m].name, &MODELS[m].config, MODELS[m].rows, p);
+    for (int p = FP32; p < PRECISIONS; p++) {
+        precision = (Precision)p;
+        for (size_t m = 0; m < COUNT_OF(MODELS); m++) gemm_model(MODELS[m].name, &MODELS[m].config, MODELS[m].rows, precision);
     }
-    use_precision(FP32);
+    precision = FP32;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -144,12 +144,12 @@ static void bench_sampled(void)
 {
     static const double DENSITY[] = { 1, 0.5, 0.4, 0.25, 0.1, 0.0346, 0.01 };
     check_topics((const char *[]){ "RIGSA's weight and gradient" }, 1);
-    for (Precision precision = FP32; precision < PRECISIONS; precision++) {
+    for (int p = FP32; p < PRECISIONS; p++) {
+        precision = (Precision)p;
         printf("\nSampled dW, %s: GFLOP/s on its own operations, times the dense product's speed; sampled below %.2f\n%-24s dense",
                PRECISION[precision], SAMPLED_BELOW, "");
         for (size_t d = 0; d < COUNT_OF(DENSITY); d++) printf("%14g", DENSITY[d]);
         printf("\n");
-        use_precision(precision);
         for (size_t m = 1; m < COUNT_OF(MODELS); m++) {
             size_t O = MODELS[m].config.F, I = MODELS[m].config.C, N = MODELS[m].rows, size = O * I;
             float *x = random_floats(N * I), *dy = random_floats(N * O), *dw = floats(size), *transposed = floats(N * (O + I));
@@ -169,7 +169,7 @@ static void bench_sampled(void)
             free(x), free(dy), free(dw), free(transposed), free(index);
         }
     }
-    use_precision(FP32);
+    precision = FP32;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ static void bench_attention(void)
            "     T          forward         backward\n");
     for (size_t T = 128; T <= 8192; T = T == 512 ? 832 : T == 832 ? 1024 : 2 * T) {
         Attention a = { floats(T * H * D), floats(T * H), floats(T * H * D), floats(T * KV * D), floats(T * KV * D),
-                        floats((size_t)omp_get_max_threads() * 2 * QUERIES * T), random_floats(T * H * D),
+                        floats((size_t)omp_get_max_threads() * block_floats(H / KV, T, D)), random_floats(T * H * D),
                         random_floats(T * KV * D), random_floats(T * KV * D), random_floats(T * H * D),
                         { T, NULL, integers(2), integers(T) }, T };
         for (size_t t = 0; t < T; t++) a.rows.position[t] = (uint32_t)t;

@@ -102,7 +102,8 @@ static const float *timed_weight(Model *model, Tensor *t)
     const Tensor *delta = delta_tensor(model, (size_t)t->adapter);
     enter(IN_WEIGHT);
     const float *w = RIGSA.weight(model, t);
-    leave((double)(delta->index ? 8 * t->n + 16 * delta->n : 12 * t->n));
+    size_t frozen_bytes = (t->half ? 2 : 4) * t->n;
+    leave((double)(frozen_bytes + (delta->index ? 4 * t->n + 16 * delta->n : 8 * t->n)));
     return w;
 }
 
@@ -120,7 +121,7 @@ static struct { int model, precision; double tokens, sequences, density, steps; 
 
 static const Option options[] = {
     { "model", CHOICE, &want.model, "nano|135M|360M|1.7B", "135M", "of this shape" },
-    { "precision", CHOICE, &want.precision, "fp32", "fp32", "of the products" },
+    { "precision", CHOICE, &want.precision, "fp32|bf16", "fp32", "of the products and of what is kept" },
     { "tokens", COUNT, &want.tokens, "2 to 1e6", "832", "of a sequence" },
     { "sequences", COUNT, &want.sequences, "1 to 1e6", "2", "of a step" },
     { "density", REAL, &want.density, "0 to 1", "1", "of a random mask; 1: dense" },
@@ -205,14 +206,15 @@ int main(int argc, char **argv)
     uint32_t T = (uint32_t)want.tokens;
     Shape *shape = allocate(S, sizeof(Shape));
     for (size_t s = 0; s < S; s++) shape[s] = (Shape){ T, T - 1 };
+    precision = (Precision)want.precision;
     Run *run = rig_make(MODELS[want.model].config, shape, S);
     Model *model = &run->model;
+    if (precision == BF16) halve_base(model);
     model->sigma = 0.06f;
     random_adapter(model, want.density);
     for (size_t a = 0; a < matrices(model); a++) delta_tensor(model, a)->lr = 0.003f, delta_tensor(model, a)->decay = 1;
     gates_tensor(model)->lr = 0.007f;
     model->adapter = (Adapter){ timed_weight, timed_gradient };
-    use_precision((Precision)want.precision);
 
     one_step(run, t++);
     if (steps == 0) {
