@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 
-from hugging_face import llama_config, load_json, weight_name
+from hugging_face import llama_config, load_json, hugging_face_name
 from rigsa_file import adapted_shapes, pack_config, read_file, tensor_shapes, unpack_config, write_file
 
 FIXTURE = {
@@ -161,7 +161,7 @@ def run(model, config, questions, case):
     effective = dict(weights)
     for gate, name in zip(gates, delta):
         effective[name] = weights[name] + gate * mask[name] * delta[name]
-    effective = {weight_name(name): tensor for name, tensor in effective.items()}
+    effective = {hugging_face_name(name): tensor for name, tensor in effective.items()}
     logits, targets = answer_logits(model, effective, questions)
     loss = torch.nn.functional.cross_entropy(logits, targets)
     grads = [grad.numpy() for grad in torch.autograd.grad(loss, leaves)]

@@ -15,7 +15,7 @@ import sys
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hugging_face import llama_config, load_json, weight_name
+from hugging_face import llama_config, load_json, hugging_face_name
 from rigsa_file import pack_config, tensor_shapes, write_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in the order of their numbers in a base file
@@ -53,9 +53,9 @@ class Checkpoint:
             raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
         self.files = {name: self.open_file(name) for name in self.file_names()}
         self.home = {name: file for file in self.files.values() for name in file.keys()}
-        self.names = {weight_name(name): name for name, _ in tensor_shapes(self.config)}
-        if self.config["tied"] and weight_name("head") in self.home:
-            self.names[weight_name("head")] = "embed"
+        self.names = {hugging_face_name(name): name for name, _ in tensor_shapes(self.config)}
+        if self.config["tied"] and hugging_face_name("head") in self.home:
+            self.names[hugging_face_name("head")] = "embed"
         self.check_tensors()
 
     def file_names(self):
@@ -97,14 +97,14 @@ class Checkpoint:
             check(dtype in STORED, f"'{stored}' is of type {dtype}, only {', '.join(STORED)} can be read")
             types.add(dtype)
         self.dtype = "bf16" if types == {"BF16"} else "fp32"
-        if weight_name("head") in self.names and self.config["tied"]:
-            head, embed = (self.home[name].get_tensor(name) for name in map(weight_name, ("head", "embed")))
+        if hugging_face_name("head") in self.names and self.config["tied"]:
+            head, embed = (self.home[name].get_tensor(name) for name in map(hugging_face_name, ("head", "embed")))
             check(torch.equal(head, embed), "'tie_word_embeddings' is true, but lm_head and embed_tokens differ")
 
     def weights(self, dtype):
         """The payload of section `weights`, an iterator over pieces of it."""
         for name, shape in tensor_shapes(self.config):
-            stored = weight_name(name)
+            stored = hugging_face_name(name)
             tensor = self.home[stored].get_slice(stored)
             rows = max(1, PIECE * shape[0] // math.prod(shape))
             for start in range(0, shape[0], rows):

@@ -25,7 +25,7 @@ def module_name(name):
     return (f"model.layers.{layer}." if layer else "") + HUGGING_FACE_NAMES[part]
 
 
-def weight_name(name):
+def hugging_face_name(name):
     """The name that transformers gives to tensor `name`."""
     return module_name(name) + ".weight"
 

@@ -3,7 +3,7 @@ Makes a base file with random weights in the shape of a Hugging Face Llama: a fu
 
     python dev/random_base.py SmolLM2-135M/config.json 135M.base
 
-Matrices are N(0, std^2), norm weights 1, as before training. The file is fp32: 4 bytes per weight.
+Matrices are N(0, std^2), norm weights 1, as before training. The file is fp32: 4 bytes per weight, held in memory once.
 """
 import argparse
 import math
@@ -16,14 +16,18 @@ from rigsa_file import pack_config, tensor_shapes, write_file
 
 
 def random_weights(config, std, seed):
-    """The tensors in file order, as little-endian fp32: matrices N(0, std^2), norms 1."""
+    """All tensors end to end, as an array of little-endian fp32: matrices N(0, std^2), norms 1."""
     rng = np.random.default_rng(seed)
-    for _, shape in tensor_shapes(config):
-        tensor = np.ones(shape, dtype="<f4")
+    shapes = tensor_shapes(config)
+    weights = np.ones(sum(math.prod(shape) for _, shape in shapes), dtype="<f4")
+    start = 0
+    for _, shape in shapes:
+        tensor = weights[start:start + math.prod(shape)]
         if len(shape) == 2:
             rng.standard_normal(out=tensor, dtype=np.float32)
             tensor *= np.float32(std)
-        yield tensor
+        start += tensor.size
+    return weights
 
 
 def main():
@@ -37,14 +41,15 @@ def main():
         hf = load_json(args.config)
         config = llama_config(hf)
         std = hf.get("initializer_range", 0.02) if args.std is None else args.std
+        weights = random_weights(config, std, args.seed)
         write_file(args.out, "base", [
             ("config", pack_config(config)),
             ("name", f"random weights, seed {args.seed}, std {std:g}".encode()),
-            ("weights", random_weights(config, std, args.seed)),
+            ("weights", weights.view(np.uint8)),
         ])
     except (OSError, ValueError) as error:
         sys.exit(f"random_base.py: {error}")
-    print(f"{args.out}: {sum(math.prod(shape) for _, shape in tensor_shapes(config))} weights")
+    print(f"{args.out}: {weights.size} weights")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 Tests of export_hf.py, import_hf.py and prepro_mnist.py --tokenizer against transformers and PEFT. Beside them must lie
 train_rigsa and test_rigsa, freshly made.
 
-    python dev/test_hf.py                                       random models: a minute
-    python dev/test_hf.py FOLDER                                also SmolLM2's official configs and tokenizer
+    python dev/test_hf.py                                       random models
+    python dev/test_hf.py FOLDER                                also what it holds of smollm2, SmolLM2's official configs
+                                                                and tokenizer, and of stories260K, real weights
 """
 import contextlib
 import io
@@ -27,15 +28,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.utils import logging
 
 import export_hf
+import export_stories
 import import_hf
 import rigsa_file
+from dump_reference import transformers_model
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 sys.path.insert(0, TOP)
 import prepro_mnist  # noqa: E402
 
-SMOLLM2 = sys.argv[1] if len(sys.argv) > 1 else None
+SMOLLM2, STORIES = (os.path.join(*sys.argv[1:2], name) for name in ("smollm2", "stories260K"))
 SAME = 2e-5  # norm-wise relative difference of logits in fp32
 LENGTHS = [(2, 1), (5, 3), (9, 1), (70, 58)]  # (length, answer) of the examples
 
@@ -234,7 +237,7 @@ class Export(Folder):
         self.assert_same(self.our_logits(self.path("base.bin")), logits(model))
         self.assertRegex(export("nobody/nothing").stderr, "^export_hf.py: nobody/nothing: no folder, .*\n$")
 
-    @unittest.skipUnless(SMOLLM2, "no folder of SmolLM2's configs given")
+    @unittest.skipUnless(os.path.isdir(SMOLLM2), "no folder with SmolLM2's configs given")
     def test_official_135m(self):
         config = AutoConfig.from_pretrained(os.path.join(SMOLLM2, "SmolLM2-135M"))
         model = random_model(config)
@@ -423,6 +426,15 @@ class Merge(Folder):
         self.assertGreater(difference(ours, self.our_logits(base)), 1e-2)
         self.assert_same(self.merge(folder, self.path("full/model.bin")), ours)
 
+    @unittest.skipUnless(os.path.isdir(STORIES), "no folder with stories260K given")
+    def test_stories(self):
+        """Real weights: a model that has learnt something says the same here and there."""
+        base = self.path("stories.bin")
+        run(export_stories, os.path.join(STORIES, "stories260K.bin"), os.path.join(STORIES, "tok512.bin"), base)
+        config = rigsa_file.unpack_config(rigsa_file.read_file(base, "base")["config"])
+        model = transformers_model(config)
+        self.assert_same(self.merge(self.save(model), base), self.our_logits(base))
+
     def test_refused(self):
         model = random_model(random_config(4))
         folder, base, ticket = self.save(model), self.path("base.bin"), self.path("ticket.bin")
@@ -488,7 +500,7 @@ class Peft(Folder):
 # ----------------------------------------------------------------------------------------------------
 # prompts
 
-@unittest.skipUnless(SMOLLM2, "no folder of SmolLM2's tokenizer given")
+@unittest.skipUnless(os.path.isdir(SMOLLM2), "no folder with SmolLM2's tokenizer given")
 class Prompts(Folder):
     def tokenizer(self):
         """The folder of SmolLM2's instruct tokenizer, as the hub has it."""
@@ -497,6 +509,13 @@ class Prompts(Folder):
                      "chat_template.instruct.jinja", "vocab.json", "merges.txt"):
             shutil.copy(os.path.join(SMOLLM2, "tokenizer", name), self.path(f"tokenizer/{name.replace('.instruct', '')}"))
         return self.path("tokenizer")
+
+    def test_padded_vocabulary(self):
+        """Where a model's vocabulary is larger than its tokenizer's, examples are of the model's."""
+        folder = self.tokenizer()
+        self.assertEqual(prepro_mnist.Chat(folder, "?").vocab, 49152)
+        LlamaConfig(vocab_size=49153).save_pretrained(folder)
+        self.assertEqual(prepro_mnist.Chat(folder, "?").vocab, 49153)
 
     def test_token_for_token(self):
         """Every prompt that prepro_mnist.py writes is what the chat template says, its answer included."""
