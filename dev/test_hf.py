@@ -59,13 +59,13 @@ def random_config(seed):
         rms_norm_eps=10.0 ** r.randint(-6, -3), pad_token_id=None, bos_token_id=None, eos_token_id=None)
 
 
-def random_model(config, seed=1, dtype=torch.float32):
-    """A model whose logits are of order 1 and whose attention is far from uniform."""
+def random_model(config, seed=1, dtype=torch.float32, gain=1.5):
+    """A model with matrices N(0, gain^2 / columns): logits of order 1, attention far from uniform."""
     model = LlamaForCausalLM(config)
     torch.manual_seed(seed)
     for weight in model.parameters():
         if weight.dim() == 2:
-            torch.nn.init.normal_(weight, std=1.5 / weight.shape[1] ** 0.5)
+            torch.nn.init.normal_(weight, std=gain / weight.shape[1] ** 0.5)
         else:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     return model.to(dtype).eval()
@@ -183,6 +183,14 @@ class Export(Folder):
                 base = self.export(self.save(model, f"hf{seed}", shard="10KB" if seed % 3 else "1GB"))
                 self.assert_same(self.our_logits(base), logits(model))
 
+    def test_pieces(self):
+        """However few weights are read at a time, the file is the same."""
+        folder, files = self.save(random_model(random_config(5))), []
+        for piece in (export_hf.PIECE, 100, 1):
+            with unittest.mock.patch("export_hf.PIECE", piece), open(self.export(folder), "rb") as file:
+                files.append(file.read())
+        self.assertEqual(files, files[:1] * 3)
+
     def test_checkpoint_types(self):
         """fp16 and bf16 checkpoints keep their values; bf16 stays at 2 bytes."""
         for dtype, size in ((torch.float16, 4), (torch.bfloat16, 2)):
@@ -239,8 +247,8 @@ class Export(Folder):
 
     @unittest.skipUnless(os.path.isdir(SMOLLM2), "no folder with SmolLM2's configs given")
     def test_official_135m(self):
-        config = AutoConfig.from_pretrained(os.path.join(SMOLLM2, "SmolLM2-135M"))
-        model = random_model(config)
+        """At gain 1.5, 30 layers would carry fp32's rounding to 1e-5, here and in transformers."""
+        model = random_model(AutoConfig.from_pretrained(os.path.join(SMOLLM2, "SmolLM2-135M")), gain=1)
         self.assert_same(self.our_logits(self.export(self.save(model))), logits(model))
 
 
@@ -472,6 +480,10 @@ class Peft(Folder):
                 ours = self.adapter(folder, density=0.1)
                 model = PeftModel.from_pretrained(load(folder), self.path("adapter"))
                 self.assert_same(logits(model), ours)
+                for module in model.modules():
+                    if hasattr(module, "shira_indices"):  # zeros lie where no entry is
+                        place = module.shira_indices["default"]
+                        self.assertEqual(len(place.unique(dim=1).T), len(place.T))
                 self.assert_same(logits(model.merge_and_unload()), ours)
                 shutil.rmtree(self.path("adapter"))
 
