@@ -257,7 +257,7 @@ def load_tokenizer(folder):
 
 
 def vocabulary(folder, tokenizer):
-    """The vocabulary size of the model in `folder`, which may exceed its tokenizer's; without a model, the tokenizer's."""
+    """The vocabulary of the model in `folder`, which may be larger than its tokenizer's; without a model, that."""
     from transformers import AutoConfig
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size

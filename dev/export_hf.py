@@ -1,8 +1,8 @@
 """
 Converts a Llama of Hugging Face into a base file for rigsa.c.
 
-    python dev/export_hf.py HuggingFaceTB/SmolLM2-135M-Instruct smollm2.bin        a model of the hub, downloaded if need be
-    python dev/export_hf.py FOLDER smollm2.bin --dtype fp32                        a local folder
+    python dev/export_hf.py HuggingFaceTB/SmolLM2-135M-Instruct smollm2.bin     a model of the hub, downloaded if need be
+    python dev/export_hf.py FOLDER smollm2.bin --dtype fp32                     a local folder
 
 The model is config.json and safetensors files, one or several, in bf16, fp16 or fp32; doc/smollm2.md lists what is
 refused. Weights are read, converted and written a few million at a time, so that memory does not grow with the model.
@@ -40,8 +40,9 @@ def find_folder(model):
 class Checkpoint:
     """
     The weights of a Hugging Face folder, open for reading. `config`: as of llama_config. `files`: a dict, file name ->
-    safetensors handle. `names`: a dict, name of a tensor in its file -> name in rigsa.c. `dtype`: bf16 where all are
-    stored so, fp32 otherwise. ValueError, in one line, where this is not the whole of a plain Llama.
+    safetensors handle. `home`: a dict, name of a tensor in its file -> that handle. `names`: a dict, name of a tensor
+    in its file -> name in rigsa.c. `dtype`: bf16 where all are stored so, fp32 otherwise. ValueError, in one line,
+    where this is not the whole of a plain Llama.
     """
 
     def __init__(self, folder):
@@ -131,7 +132,7 @@ def export(model, out, dtype=None):
 
 def main():
     parser = argparse.ArgumentParser(description="A Llama of Hugging Face as a base file for rigsa.c.")
-    parser.add_argument("model", metavar="MODEL", help="a folder with config.json and safetensors, or a name at the hub")
+    parser.add_argument("model", metavar="MODEL", help="a folder with config.json and safetensors, or a hub name")
     parser.add_argument("out", metavar="OUT", help="the base file to write")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 where all weights are stored so, fp32 otherwise")
     args = parser.parse_args()

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from export_hf import DTYPES, INDEX, TEXTS, Checkpoint, find_folder
-from hugging_face import HUGGING_FACE_NAMES, load_json, module_name
+from hugging_face import load_json, module_name
 from rigsa_file import GOLDEN, U64, Hash, adapted_shapes, mix, mix_numpy, pack_config, read_file, tensor_shapes
 
 INIT = struct.Struct("<QIIf")  # seed, draw, rest, sigma
@@ -183,14 +183,15 @@ def write_merged(folder, checkpoint, trained, dtype):
 def write_adapter(folder, checkpoint, ticket, model):
     """The ticket as an adapter for PEFT."""
     if ticket.rest:
-        raise ValueError(f"{ticket.path}: made with --rest init, so it changes every weight; leave out --peft to merge it")
+        raise ValueError(f"{ticket.path}: made with --rest init, it changes every weight; leave out --peft to merge it")
     ticket.stored_as(checkpoint)
     matrices = adapted_shapes(checkpoint.config)
     needed = max(math.ceil(len(index) / sum(shape)) for (_, shape), index in zip(matrices, ticket.index))
     room, tightest = min((math.prod(shape) // sum(shape), name) for name, shape in matrices)
     if needed > room:
         raise ValueError(f"{ticket.path}: too dense for PEFT: SHiRA holds r (rows + columns) entries of every matrix, "
-                         f"this ticket needs r = {needed} and {tightest} has room for {room}; leave out --peft to merge it")
+                         f"this ticket needs r = {needed} and {tightest} has room for {room}; leave out --peft to "
+                         "merge it")
     rank, tensors = max(needed, 1), {}
     for a, (name, shape) in enumerate(matrices):
         free = np.ones(math.prod(shape), dtype=bool)
@@ -203,12 +204,13 @@ def write_adapter(folder, checkpoint, ticket, model):
         tensors[prefix + "weight"] = torch.from_numpy(values)
         tensors[prefix + "indices"] = torch.from_numpy(np.stack(np.divmod(place, shape[1])).astype(np.int32))
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    kinds = dict.fromkeys(name.rpartition(".")[2] for name, _ in matrices)
+    modules = dict.fromkeys(module_name(name).rpartition(".")[2] for name, _ in matrices)
     write_json(os.path.join(folder, "adapter_config.json"), {
         "peft_type": "SHIRA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "inference_mode": True,
-        "r": rank, "mask_type": "random", "target_modules": [HUGGING_FACE_NAMES[kind].rpartition(".")[2] for kind in kinds],
+        "r": rank, "mask_type": "random", "target_modules": list(modules),
     })
-    print(f"{sum(map(len, ticket.index))} entries, with zeros {sum(rank * sum(shape) for _, shape in matrices)}: r = {rank}")
+    entries, slots = sum(map(len, ticket.index)), rank * sum(sum(shape) for _, shape in matrices)
+    print(f"{entries} entries, with zeros {slots}: r = {rank}")
 
 
 def take_back(model, trained_path, out, dtype, peft):

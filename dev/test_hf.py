@@ -2,9 +2,9 @@
 Tests of export_hf.py, import_hf.py and prepro_mnist.py --tokenizer against transformers and PEFT. Beside them must lie
 train_rigsa and test_rigsa, freshly made.
 
-    python dev/test_hf.py                                       random models
-    python dev/test_hf.py FOLDER                                also what it holds of smollm2, SmolLM2's official configs
-                                                                and tokenizer, and of stories260K, real weights
+    python dev/test_hf.py               random models
+    python dev/test_hf.py FOLDER        also what it holds of smollm2, SmolLM2's official configs and tokenizer, and of
+                                        stories260K, real weights
 """
 import contextlib
 import io
@@ -15,7 +15,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import unittest
 import unittest.mock
 import warnings
@@ -31,13 +30,12 @@ import export_hf
 import export_stories
 import import_hf
 import rigsa_file
+import test_prepro
 from dump_reference import transformers_model
+from test_prepro import prepro_mnist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
-sys.path.insert(0, TOP)
-import prepro_mnist  # noqa: E402
-
 SMOLLM2, STORIES = (os.path.join(*sys.argv[1:2], name) for name in ("smollm2", "stories260K"))
 SAME = 2e-5  # norm-wise relative difference of logits in fp32
 LENGTHS = [(2, 1), (5, 3), (9, 1), (70, 58)]  # (length, answer) of the examples
@@ -124,16 +122,8 @@ def run(module, *args):
     return out.getvalue()
 
 
-class Folder(unittest.TestCase):
-    """A test with a temporary folder."""
-
-    def setUp(self):
-        temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(temporary.cleanup)
-        self.folder = temporary.name
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
+class Folder(test_prepro.Folder):
+    """A test with a temporary folder for models."""
 
     def save(self, model, name="hf", shard="1GB"):
         """The model's folder, with something in place of a tokenizer."""
@@ -342,13 +332,12 @@ class Refused(Folder):
             {name: tensor[:-1].contiguous() for name, tensor in tensors.items()}))
         self.refused("config.json asks for")
 
-    def test_biases(self):
-        self.change(self.shards[0], lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(3)}))
-        self.refused("has biases, 'model.layers.0.self_attn.q_proj.bias'")
-
     def test_other_tensors(self):
-        self.change(self.shards[0], lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(3)}))
-        self.refused("no plain Llama has, 'model.layers.0.self_attn.q_norm.weight'")
+        for name, wrong in (("q_norm.weight", "has a tensor that no plain Llama has"), ("q_proj.bias", "has biases")):
+            stored = f"model.layers.0.self_attn.{name}"
+            self.change(self.shards[0], lambda tensors: tensors.update({stored: torch.ones(3)}))
+            self.refused(f"{wrong}, '{stored}'")
+            self.change(self.shards[0], lambda tensors: tensors.pop(stored))
 
     def test_tied_but_different(self):
         self.hf = self.save(random_model(random_config(2)), "tied")
@@ -451,12 +440,12 @@ class Merge(Folder):
         other = self.save(random_model(random_config(4), seed=2), "other")
         self.refuses("made on the base 'hf' (", import_hf, other, ticket, self.path("out"))
         self.refuses(f"not on {other} (", import_hf, other, ticket, self.path("out"))
-        self.refuses("is it a ticket of this model?", import_hf, self.save(random_model(random_config(5)), "odd"), ticket,
-                     self.path("out"))
+        odd = self.save(random_model(random_config(5)), "odd")
+        self.refuses("is it a ticket of this model?", import_hf, odd, ticket, self.path("out"))
         self.refuses("is there already", import_hf, folder, ticket, self.path("other"))
         self.refuses("No such file", import_hf, folder, self.path("nowhere"), self.path("out"))
         self.refuses("'tick or base' is needed", import_hf, folder, self.data(), self.path("out"))
-        self.refuses("its config is not that of the model", import_hf, self.path("odd"), base, self.path("out"))
+        self.refuses("its config is not that of the model", import_hf, odd, base, self.path("out"))
         os.truncate(ticket, os.path.getsize(ticket) - 8)
         self.refuses("long where its header says", import_hf, folder, ticket, self.path("out"))
         self.assertFalse([name for name in os.listdir(self.folder) if name.startswith("out")])
@@ -519,7 +508,8 @@ class Prompts(Folder):
         os.mkdir(self.path("tokenizer"))
         for name in ("tokenizer.json", "tokenizer_config.instruct.json", "special_tokens_map.instruct.json",
                      "chat_template.instruct.jinja", "vocab.json", "merges.txt"):
-            shutil.copy(os.path.join(SMOLLM2, "tokenizer", name), self.path(f"tokenizer/{name.replace('.instruct', '')}"))
+            copy = self.path(f"tokenizer/{name.replace('.instruct', '')}")
+            shutil.copy(os.path.join(SMOLLM2, "tokenizer", name), copy)
         return self.path("tokenizer")
 
     def test_padded_vocabulary(self):
