@@ -197,7 +197,7 @@ class Chat:
     def __init__(self, folder, sentence):
         self.tokenizer = load_tokenizer(folder)
         self.sentence = sentence
-        self.vocab = len(self.tokenizer)
+        self.vocab = vocabulary(folder, self.tokenizer)
         self.type = rigsa_file.TOKEN_TYPES[rigsa_file.token_width(self.vocab)]
         self.ids = {ord(char): self.tokenizer.encode(char, add_special_tokens=False)[-1] for char in "0123456789\n"}
         self.glyphs = {token: chr(char) for char, token in self.ids.items()}
@@ -254,6 +254,15 @@ def load_tokenizer(folder):
         with open(templates[0], encoding="utf-8") as file:
             tokenizer.chat_template = file.read()
     return tokenizer
+
+
+def vocabulary(folder, tokenizer):
+    """The vocabulary of the model in `folder`, which may be larger than its tokenizer's; without a model, that."""
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
+    except (OSError, ValueError):
+        return len(tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------

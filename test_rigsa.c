@@ -6,6 +6,7 @@
 //     ./test_rigsa FILE...               PyTorch's answers are in these files of dev/dump_reference.py
 //     ./test_rigsa --stories FILE        also tells a story, with a base file of dev/export_stories.py
 //     ./test_rigsa --selftest            corrupts what each check looks at, and fails unless every check notices
+//     ./test_rigsa --logits BASE DATA OUT [TICKET]     tests nothing: writes logits for dev/test_hf.py to compare
 //
 // The last line is `N passed, N failed`; the exit status is 0 only if nothing failed.
 
@@ -1539,6 +1540,27 @@ static void test_story(void)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Logits
+
+// Writes the logits (M, V) of all answer rows, in fp32. `path`: base, data, the file to write, and a ticket or NULL.
+static void write_logits(char **path)
+{
+    Run *run = allocate(1, sizeof(Run));
+    base_load(&run->model, path[0]);
+    if (path[3]) ticket_load(&run->model, path[3]);
+    run->data = data_open(path[1]);
+    run->batch = batch_alloc(run->data.tokens, run->data.tokens);
+    rig_batch(run, 0, run->data.examples);
+    size_t M = run->batch.answer.n, V = run->model.config.V;
+    if (run->data.V != V || M > HEAD_ROWS) die("%s: vocabulary %u, %zu answer tokens; at most %zu and %d here",
+                                               path[1], run->data.V, M, V, HEAD_ROWS);
+    acts_alloc(&run->model, run->data.tokens, run->data.longest, M, 0, 1);
+    FILE *f = fopen(path[2], "wb");
+    if (!f || fwrite(rig_logits(run), sizeof(float), M * V, f) != M * V || fclose(f))
+        die("%s: cannot be written: %s", path[2], strerror(errno));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 
 static const struct { const char *name; void (*run)(void); } topics[] = {
     { "PyTorch: logits, loss, every gradient", test_torch }, { "PyTorch: ten steps of AdamW", test_torch_adamw },
@@ -1564,7 +1586,8 @@ int main(int argc, char **argv)
     for (; next < argc && argv[next][0] == '-'; next++) {
         if (!strcmp(argv[next], "--selftest")) selftest = 1;
         else if (!strcmp(argv[next], "--stories") && next + 1 < argc) stories = argv[++next];
-        else die("usage: ./test_rigsa [--selftest] [--stories FILE] [FILE...]");
+        else if (!strcmp(argv[next], "--logits") && next + 3 < argc) return write_logits(argv + next + 1), 0;
+        else die("usage: ./test_rigsa [--selftest] [--stories FILE] [FILE...], or --logits BASE DATA OUT [TICKET]");
     }
     dumps = next < argc ? (const char *const *)argv + next : &fixture;
     dump_count = next < argc ? (size_t)(argc - next) : 1;

@@ -1378,7 +1378,7 @@ static size_t padded(size_t length) { return (length + 7) / 8 * 8; }        // t
 
 static const char *mend(const char *kind)
 {
-    if (!strcmp(kind, "base")) return "make it again (dev/nano/base.bin: `make nano`)";
+    if (!strcmp(kind, "base")) return "make it again with dev/export_hf.py (dev/nano/base.bin: `make nano`)";
     if (!strcmp(kind, "data")) return "make it again with prepro_mnist.py (files of dev/nano: `make nano`)";
     return "train it again";
 }

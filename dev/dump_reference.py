@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import transformers
 
-from random_base import llama_config, load_json
-from rigsa_file import pack_config, read_file, tensor_shapes, unpack_config, write_file
+from hugging_face import llama_config, load_json, hugging_face_name
+from rigsa_file import adapted_shapes, pack_config, read_file, tensor_shapes, unpack_config, write_file
 
 FIXTURE = {
     "dim": 18, "ffn": 37, "layers": 2, "heads": 6, "kv_heads": 2, "head_dim": 6, "vocab": 53, "context": 64,
@@ -41,21 +41,9 @@ CLOSE = 1e-4  # an error32 above this is not rounding: 3e-6 here, 3e-5 at 30 lay
 
 TYPES = {"length": "<u4", "answer": "<u4", "tokens": "<u4", "mask": "u1"}  # of the sections that are not <f4
 
-HUGGING_FACE_NAMES = {
-    "embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tensors by name
-
-def adapted_shapes(config):
-    """The adapted matrices in file order: a list of (name, shape)."""
-    return [(name, shape) for name, shape in tensor_shapes(config) if "." in name and len(shape) == 2]
-
 
 def split(flat, shapes):
     """The tensors that lie end to end in `flat`, an array: a dict, name -> array of its shape."""
@@ -66,13 +54,6 @@ def split(flat, shapes):
 def join(arrays):
     """Arrays of any shape, end to end."""
     return np.concatenate([np.ravel(array) for array in arrays])
-
-
-def hugging_face_name(name):
-    """The name that transformers gives to the weight of tensor `name`."""
-    layer, _, part = name.rpartition(".")
-    place = f"model.layers.{layer}." if layer else ""
-    return f"{place}{HUGGING_FACE_NAMES[part]}.weight"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

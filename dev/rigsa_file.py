@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 from array import array
+from collections.abc import Iterator
 
 try:
     import numpy
@@ -29,7 +30,7 @@ CONFIG_FIELDS = ("dim", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab
 TOKEN_TYPES = {1: "B", 2: "H", 4: "I"}  # bytes per token -> array typecode
 
 MAKERS = {
-    "base": "export the model again",
+    "base": "make it again, with dev/export_hf.py or the script that wrote it",
     "data": "make it again, with prepro_mnist.py or the script that wrote it",
     "tick": "train again with train_rigsa",
     "dump": "run dev/dump_reference.py again",
@@ -56,45 +57,75 @@ def sum_words_python(block, first):
     return sum(mix((word + (first + i) * GOLDEN) & U64) for i, word in enumerate(words, 1))
 
 
-def sum_words_numpy(block, first):
-    """What sum_words_python returns, modulo 2^64, with numpy."""
-    z = numpy.frombuffer(block, dtype="<u8").astype(numpy.uint64)
-    z += (numpy.arange(1, z.size + 1, dtype=numpy.uint64) + numpy.uint64(first)) * numpy.uint64(GOLDEN)
+def mix_numpy(z):
+    """mix of each element of `z`, an array of uint64, in place; returns it."""
     z ^= z >> numpy.uint64(30)
     z *= numpy.uint64(MIX_1)
     z ^= z >> numpy.uint64(27)
     z *= numpy.uint64(MIX_2)
     z ^= z >> numpy.uint64(31)
-    return int(z.sum(dtype=numpy.uint64))
+    return z
 
 
-def hash64(payload, sum_words=sum_words_numpy if numpy else sum_words_python):
-    """The hash of doc/model.md, section 3, of any bytes-like object, as an integer."""
-    data = memoryview(payload).cast("B")
-    total = mix(len(data))
-    for start in range(0, len(data), HASH_BLOCK):
-        block = data[start:start + HASH_BLOCK]
-        if len(block) % 8:
-            block = bytes(block) + bytes(-len(block) % 8)
-        total += sum_words(block, start // 8)
-    return total & U64
+def sum_words_numpy(block, first):
+    """What sum_words_python returns, modulo 2^64, with numpy."""
+    z = numpy.frombuffer(block, dtype="<u8").astype(numpy.uint64)
+    z += (numpy.arange(1, z.size + 1, dtype=numpy.uint64) + numpy.uint64(first)) * numpy.uint64(GOLDEN)
+    return int(mix_numpy(z).sum(dtype=numpy.uint64))
+
+
+class Hash:
+    """The hash of doc/model.md, section 3, of bytes that come in pieces; `length` is how many they are so far."""
+
+    def __init__(self, sum_words=sum_words_numpy if numpy else sum_words_python):
+        self.sum_words, self.length, self.total, self.rest = sum_words, 0, 0, b""
+
+    def update(self, piece):
+        """Adds any bytes-like object. Up to 7 bytes that fill no word wait in `rest` for the next piece."""
+        data, first = memoryview(piece).cast("B"), self.length // 8
+        self.length += len(data)
+        if self.rest:
+            data = memoryview(self.rest + data)
+        whole = len(data) // 8 * 8
+        for start in range(0, whole, HASH_BLOCK):
+            self.total += self.sum_words(data[start:min(start + HASH_BLOCK, whole)], first + start // 8)
+        self.rest = bytes(data[whole:])
+
+    def value(self):
+        """The hash of all pieces, as an integer."""
+        last = self.sum_words(self.rest + bytes(-self.length % 8), self.length // 8) if self.rest else 0
+        return (mix(self.length) + self.total + last) & U64
+
+
+def hash64(payload):
+    """The hash of any bytes-like object, as an integer."""
+    found = Hash()
+    found.update(payload)
+    return found.value()
 
 
 # ----------------------------------------------------------------------------------------------------
 # files
 
 def write_file(path, kind, sections):
-    """Writes `sections`, a list of (tag, bytes), as a file of `kind`; a reader sees all of it or what was there."""
-    length = FILE_HEADER.size + sum(SECTION_HEADER.size + padded(memoryview(data).nbytes) for _, data in sections)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """
+    Writes `sections`, a list of (tag, payload), as a file of `kind`; a reader sees all of it or what was there. A
+    payload is bytes, or an iterator over pieces of them. Returns the hashes: a dict, tag -> integer.
+    """
+    temporary, hashes = f"{path}.{os.getpid()}.tmp", {}
     try:
         with open(temporary, "wb") as file:
-            file.write(FILE_HEADER.pack(MAGIC, VERSION, kind.encode(), length, len(sections)))
-            for tag, data in sections:
-                size = memoryview(data).nbytes
-                file.write(SECTION_HEADER.pack(tag.encode(), size, hash64(data)))
-                file.write(data)
-                file.write(bytes(padded(size) - size))
+            file.seek(FILE_HEADER.size)
+            for tag, payload in sections:
+                start, found = file.tell(), Hash()
+                file.seek(SECTION_HEADER.size, os.SEEK_CUR)
+                for piece in payload if isinstance(payload, Iterator) else [payload]:
+                    found.update(piece)
+                    file.write(piece)
+                file.write(bytes(-found.length % 8))
+                hashes[tag] = found.value()
+                rewrite(file, start, SECTION_HEADER.pack(tag.encode(), found.length, hashes[tag]))
+            rewrite(file, 0, FILE_HEADER.pack(MAGIC, VERSION, kind.encode(), file.tell(), len(sections)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -102,29 +133,38 @@ def write_file(path, kind, sections):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+    return hashes
 
 
-def read_file(path, kind):
+def rewrite(file, start, data):
+    """Puts `data` at `start`, and goes back to the end."""
+    file.seek(start)
+    file.write(data)
+    file.seek(0, os.SEEK_END)
+
+
+def read_file(path, *kinds):
     """
-    The sections of the file of `kind` at `path`: a dict, tag -> bytes. What is checked before it is trusted: magic,
-    version, kind, the file's length, each section's place and hash. ValueError, in one line: which file, what is wrong,
-    what to do.
+    The sections of the file at `path`, of one of these kinds: a dict, tag -> bytes. What is checked before it is
+    trusted: magic, version, kind, the file's length, each section's place and hash. ValueError, in one line: which
+    file, what is wrong, what to do.
     """
     def check(good, wrong):
         if not good:
-            raise ValueError(f"{path}: {wrong}; {MAKERS[kind]}")
+            raise ValueError(f"{path}: {wrong}; {MAKERS[kinds[0]]}")
 
     try:
         file = open(path, "rb")
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {MAKERS[kind]}") from None
+        raise ValueError(f"{path}: {error.strerror}; {MAKERS[kinds[0]]}") from None
     with file:
         size = os.fstat(file.fileno()).st_size
         check(size >= FILE_HEADER.size, f"only {size} bytes, not a rigsa.c file")
         magic, version, found, length, count = FILE_HEADER.unpack(file.read(FILE_HEADER.size))
         check(magic == MAGIC, "not a rigsa.c file")
         check(version == VERSION, f"version {version}, this program reads version {VERSION}")
-        check(found == kind.encode(), f"a file of kind '{found.decode('ascii', 'replace')}' where '{kind}' is needed")
+        found = found.decode("ascii", "replace")
+        check(found in kinds, f"a file of kind '{found}' where '{' or '.join(kinds)}' is needed")
         check(length == size, f"{size} bytes long where its header says {length}")
         sections, left = {}, size - FILE_HEADER.size
         for number in range(count):
@@ -181,6 +221,11 @@ def tensor_shapes(config):
     if not config["tied"]:
         shapes.append(("head", (vocab, dim)))
     return shapes
+
+
+def adapted_shapes(config):
+    """The adapted matrices in file order: a list of (name, shape)."""
+    return [(name, shape) for name, shape in tensor_shapes(config) if "." in name and len(shape) == 2]
 
 
 # ----------------------------------------------------------------------------------------------------

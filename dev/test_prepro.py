@@ -53,10 +53,23 @@ class Hash(unittest.TestCase):
 
     @unittest.skipIf(rigsa_file.numpy is None, "numpy is not installed")
     def test_numpy_is_pure_python(self):
-        for size in (0, 1, 7, 8, 9, 1000, rigsa_file.HASH_BLOCK, rigsa_file.HASH_BLOCK + 13):
+        for size in (0, 8, 1000, rigsa_file.HASH_BLOCK):
+            words = os.urandom(size)
+            python = rigsa_file.sum_words_python(words, 5) & rigsa_file.U64
+            self.assertEqual(rigsa_file.sum_words_numpy(words, 5), python, f"{size} bytes")
+
+    def test_pieces(self):
+        """However the bytes are cut, the hash is the sum of doc/model.md over zero-padded words."""
+        for size in (1, 7, 8, 9, 1000, rigsa_file.HASH_BLOCK + 13):
             data = os.urandom(size)
-            python = rigsa_file.hash64(data, rigsa_file.sum_words_python)
-            self.assertEqual(rigsa_file.hash64(data, rigsa_file.sum_words_numpy), python, f"{size} bytes")
+            padded = data + bytes(-size % 8)
+            expected = (rigsa_file.mix(size) + rigsa_file.sum_words_python(padded, 0)) & rigsa_file.U64
+            self.assertEqual(rigsa_file.hash64(data), expected, f"{size} bytes")
+            for first, second in ((0, 1), (3, 5), (8, 8), (1, 999)):
+                found = rigsa_file.Hash()
+                for piece in (data[:first], data[first:second], data[second:]):
+                    found.update(piece)
+                self.assertEqual(found.value(), expected, f"{size} bytes in pieces")
 
 
 class Files(Folder):
@@ -80,6 +93,14 @@ class Files(Folder):
         self.assertEqual(rigsa_file.read_file(self.path("file"), "base"), dict(self.SECTIONS))
         self.assertEqual(len(content), 32 + 3 * 32 + 8 + 0 + 256)
         self.assertEqual(os.listdir(self.folder), ["file"])
+
+    def test_payload_in_pieces(self):
+        content = self.write()
+        hashes = rigsa_file.write_file(self.path("file"), "base", [
+            (tag, iter([data[:3], b"", data[3:4], data[4:]])) for tag, data in self.SECTIONS])
+        with open(self.path("file"), "rb") as file:
+            self.assertEqual(file.read(), content)
+        self.assertEqual(hashes, {tag: rigsa_file.hash64(data) for tag, data in self.SECTIONS})
 
     def test_every_truncation(self):
         content = self.write()
