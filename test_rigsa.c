@@ -707,18 +707,69 @@ static void test_whole_loss(void)
     }
 }
 
+// Frozen matrices in bfloat16, as base_read() holds them with --precision bf16.
+static void halve_base(Model *model)
+{
+    size_t n = 0;
+    float *old = model->base_arena;
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) if (t->adapter < 0) n += t->n;
+    float *value = model->base_arena = floats(n);
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
+        if (t->adapter < 0) {
+            t->value = memcpy(value, t->value, t->n * sizeof(float));
+            value += t->n;
+        } else {
+            t->half = allocate(t->n, sizeof(uint16_t));
+            for (size_t i = 0; i < t->n; i++) t->half[i] = (uint16_t)round_bf16(t->value[i]);
+            t->value = NULL;
+        }
+    }
+    free(old);
+}
+
+// Gradients of the whole loss with activations laid out for this precision, kept or recomputed; returns a copy.
+static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
+{
+    Model *model = &run->model;
+    precision = of;
+    model->acts = (Activations){ .recompute = recompute };
+    rig_batch(run, 0, run->data.examples);
+    acts_alloc(model, run->data.tokens, run->data.longest, run->batch.answer.n, 1, 1);
+    rig_gradient(run, MOST_EXAMPLES);
+    precision = FP32;
+    return copy_of(model->grad_arena, n * sizeof(float));
+}
+
+// Recomputing changes no bit in fp32. In bfloat16 gradients are near those in fp32: how near, the rounding of 8 bits decides.
+static void test_precision_and_recompute(void)
+{
+    for (int i = 0; i < 4; i++) {
+        Run *run = i == 0 ? rig_full(ODD, FEW, COUNT_OF(FEW)) : rig_adapter(ODD, i == 1 ? 1 : i == 2 ? 0.5 : 0.1, REST_ZERO);
+        Model *model = &run->model;
+        size_t n = i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model);
+        float *single = rig_gradient_in(run, FP32, 0, n);
+        check_same("recomputed", rig_gradient_in(run, FP32, 1, n), single, n * sizeof(float));
+        if (i > 0) halve_base(model);
+        for (int recompute = 0; recompute < 2; recompute++) {
+            float *brain = rig_gradient_in(run, BF16, recompute, n);
+            check_close(recompute ? "bfloat16, recomputed" : "bfloat16", brain, single, n, 0.03);
+            check("bfloat16 is not fp32", memcmp(brain, single, n * sizeof(float)) != 0);
+        }
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Numbers: matmul, exponential, hash, generator, selection
 
-// Whole numbers up to 8, so that every sum is exact, and in any order the same. What lies between the rows of c stays.
+// Whole numbers up to 8, so that every sum is exact, in any order and in bfloat16 too. What lies between the rows of c stays.
 static void test_matmul(void)
 {
     static const size_t sizes[][3] = {
         { 1, 1, 1 }, { MR, NR, 5 }, { MR + 1, NR - 1, 3 }, { 2 * MR - 1, 2 * NR + 1, KC }, { 7, 5, KC + 1 },
-        { MC + 1, 3, 2 }, { 2 * MC + 5, NR + 7, 11 }, { 3, NC + 1, 4 }, { 5, 2, 2 * KC + 3 },
+        { MC + 1, 3, 2 }, { 2 * MC + 5, NR + 7, 11 }, { 3, NC + 1, 4 }, { 5, 2, 4 * KC + 3 },
         { 1, 50, 9 }, { 50, 1, 9 }, { 3, 4, 0 }, { 6, 0, 3 } };
     for (size_t s = 0; s < COUNT_OF(sizes); s++)
-        for (int way = 0; way < 16; way++) {
+        for (int way = 0; way < 32; way++) {
             char what[96];
             size_t M = sizes[s][0], N = sizes[s][1], K = sizes[s][2], apart = way & 8 ? 2 : 1;         // neighbours
             size_t a_size = (M + 2) * (K + 1) * apart, b_size = (N + 2) * (K + 3) * apart;
@@ -727,11 +778,45 @@ static void test_matmul(void)
             float *a = floats(a_size + b_size + M * (N + 3)), *b = a + a_size, *c = b + b_size, *expected;
             for (size_t i = 0; i < a_size + b_size + M * (N + 3); i++) a[i] = (float)(mix(i + 1) % 17) - 8;
             expected = copy_of(c, M * (N + 3) * sizeof(float));
+            precision = way & 16 ? BF16 : FP32;
             matmul(c, N + 3, a, a_row, a_col, b, b_row, b_col, M, N, K, way & 4);
             matmul_naive(expected, N + 3, a, a_row, a_col, b, b_row, b_col, M, N, K, way & 4);
             snprintf(what, sizeof what, "%zu x %zu x %zu, way %d", M, N, K, way);
             check_same(what, c, expected, M * (N + 3) * sizeof(float));
         }
+    precision = FP32;
+}
+
+// Real numbers: products of bfloat16 are exact in fp32, so the rounded operands' fp32 product is what should come out.
+static void test_matmul_bf16(void)
+{
+    enum { M = 37, N = 101, K = 203 };
+    float *a = randomize(floats(M * K), M * K, 1), *b = randomize(floats(K * N), K * N, 1), *c = floats(2 * M * N);
+    precision = BF16;
+    matmul(c, N, a, K, 1, b, N, 1, M, N, K, 0);
+    precision = FP32;
+    for (size_t i = 0; i < M * K; i++) a[i] = widen_bf16((uint16_t)round_bf16(a[i]));
+    for (size_t i = 0; i < K * N; i++) b[i] = widen_bf16((uint16_t)round_bf16(b[i]));
+    matmul_naive(c + M * N, N, a, K, 1, b, N, 1, M, N, K, 0);
+    check_close("product", c, c + M * N, M * N, 1e-6);
+}
+
+static void test_bfloat16(void)
+{
+    static const struct { uint32_t x, rounded; const char *what; } cases[] = {
+        { 0x3F800000, 0x3F80, "one" }, { 0x3F808000, 0x3F80, "half way, to even below" }, { 0x3F818000, 0x3F82, "to even above" },
+        { 0x3F808001, 0x3F81, "above half way" }, { 0xBF80FFFF, 0xBF81, "negative" }, { 0x7F7FFFFF, 0x7F80, "to infinity" },
+        { 0x80000000, 0x8000, "negative zero" }, { 0x7F800000, 0x7F80, "infinity" } };
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        float x;
+        memcpy(&x, &cases[i].x, 4);
+        uint32_t rounded = round_bf16(x);
+        check_same(cases[i].what, &rounded, &cases[i].rounded, 4);
+    }
+    uint32_t nan = 0x7FFFFFFF;                          // whose mantissa would carry into the sign
+    float x;
+    memcpy(&x, &nan, 4);
+    check("NaN stays NaN", isnan(widen_bf16((uint16_t)round_bf16(x))));
 }
 
 // In units of the true value's last place, at 2 million numbers, in the vector code that loops around it become.
@@ -1275,7 +1360,7 @@ static void test_wrong_numbers(void)
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads, batches, training
 
-static const Shape LONG[] = { { 67, 40 }, { 3, 1 }, { 130, 1 }, { 66, 65 } };       // attention takes 64 rows at a time
+static const Shape LONG[] = { { 67, 40 }, { 3, 1 }, { 130, 1 }, { 66, 65 } };       // attention takes 64 rows of two heads
 
 // All that threads have a hand in, of full training and of a dense and a sparse adapter: the loss, and hashes of the
 // gradients, of the weights after five updates and of the ticket after pruning.
@@ -1304,11 +1389,15 @@ static void test_threads(void)
     int usual = omp_get_max_threads();
     Outcome one[3] = { 0 }, many[3] = { 0 };
     if (!HAVE_THREADS) { printf("    skipped, built without OpenMP\n"); return; }
-    train_on(1, one);
-    for (int i = 0; i < 3; i++) {
-        train_on(counts[i], many);
-        check_same("loss, gradients, weights, ticket", many, one, sizeof one);
+    for (int p = FP32; p <= BF16; p++) {
+        precision = (Precision)p;
+        train_on(1, one);
+        for (int i = 0; i < 3; i++) {
+            train_on(counts[i], many);
+            check_same("loss, gradients, weights, ticket", many, one, sizeof one);
+        }
     }
+    precision = FP32;
     omp_set_num_threads(usual);
 }
 
@@ -1567,7 +1656,9 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "rmsnorm", test_rmsnorm }, { "rope", test_rope }, { "attention", test_attention }, { "swiglu", test_swiglu },
     { "cross-entropy", test_crossentropy }, { "embedding", test_embedding },
     { "the whole loss, along random directions", test_whole_loss },
-    { "matmul", test_matmul }, { "exponential", test_exponential }, { "hash", test_hash },
+    { "precision and recomputation", test_precision_and_recompute },
+    { "matmul", test_matmul }, { "matmul in bfloat16", test_matmul_bf16 }, { "bfloat16", test_bfloat16 },
+    { "exponential", test_exponential }, { "hash", test_hash },
     { "generator", test_generator }, { "selection", test_selection }, { "RIGSA's weight and gradient", test_adapter },
     { "what is frozen does not move", test_frozen }, { "decay and clipping", test_update },
     { "schedule", test_schedule }, { "order of the examples", test_visit_order },

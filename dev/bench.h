@@ -26,26 +26,6 @@ static const struct { const char *name; Config config; size_t rows; } MODELS[] =
     { "1.7B", { .C = 2048, .F = 8192, .L = 24, .H = 32, .KV = 32, .D = 64, .V = 49152, .context = 8192, .tied = 1,
                 .theta = 1.3e5f, .eps = 1e-5f }, 832 } };
 
-// Frozen matrices in bfloat16, as base_read() holds them with --precision bf16.
-__attribute__((unused)) static void halve_base(Model *model)
-{
-    size_t n = 0;
-    float *old = model->base_arena;
-    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) if (t->adapter < 0) n += t->n;
-    float *value = model->base_arena = floats(n);
-    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
-        if (t->adapter < 0) {
-            t->value = memcpy(value, t->value, t->n * sizeof(float));
-            value += t->n;
-        } else {
-            t->half = allocate(t->n, sizeof(uint16_t));
-            for (size_t i = 0; i < t->n; i++) t->half[i] = (uint16_t)round_bf16(t->value[i]);
-            t->value = NULL;
-        }
-    }
-    free(old);
-}
-
 // The adapter of RIGSA in which each entry survives with probability `density`, at random; its dense form never exists.
 static void random_adapter(Model *model, double density)
 {
