@@ -680,16 +680,19 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
 // the packed keys. There is one task per sequence and kv head, and no two tasks write to the same place.
 enum { QUERIES = 128 };
 
-typedef struct { float *p, *ds, *q, *out, *dout; } Block;          // (queries, keys) twice, (queries, D) three times
+typedef struct { float *p, *ds, *q, *out, *dout; } Block;          // (queries, wide) twice, (queries, D) three times
 
-static size_t block_floats(size_t G, size_t T, size_t D) { return max_size(QUERIES, G) * (2 * T + 3 * D); }
+// Keys in whole vectors, so that no loop over them has a rest; what is not a key that the query may see is masked.
+static size_t whole_vectors(size_t keys) { return (keys + LANES - 1) / LANES * LANES; }
+static size_t block_floats(size_t G, size_t T, size_t D) { return max_size(QUERIES, G) * (2 * whole_vectors(T) + 3 * D); }
 
 // The block of the calling thread; `scores` has one for each.
 static Block thread_block(float *scores, size_t G, size_t T, size_t D)
 {
     size_t queries = max_size(QUERIES, G);
-    float *p = scores + (size_t)omp_get_thread_num() * block_floats(G, T, D), *q = p + 2 * queries * T;
-    return (Block){ p, p + queries * T, q, q + queries * D, q + 2 * queries * D };
+    float *p = scores + (size_t)omp_get_thread_num() * block_floats(G, T, D), *ds = p + queries * whole_vectors(T);
+    float *q = ds + queries * whole_vectors(T);
+    return (Block){ p, ds, q, q + queries * D, q + 2 * queries * D };
 }
 
 // to (rows, width) = from (rows, ...), whose rows start `stride` apart; rows of `to` are `to_stride` apart.
@@ -698,15 +701,13 @@ static void copy_rows(float *to, size_t to_stride, const float *from, size_t str
     for (size_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * stride, width * sizeof(float));
 }
 
-// The largest of x (n), by LANES running maxima side by side: the order of comparisons is ours to choose, not the compiler's.
+// The largest of x (n whole vectors), by LANES running maxima: the order of comparisons is ours to choose, not the compiler's.
 static float maximum(const float *x, size_t n)
 {
     float lane[LANES], highest = x[0];
-    size_t j = 0;
     for (int i = 0; i < LANES; i++) lane[i] = highest;
-    for (; j + LANES <= n; j += LANES)
+    for (size_t j = 0; j < n; j += LANES)
         for (int i = 0; i < LANES; i++) lane[i] = x[j + i] > lane[i] ? x[j + i] : lane[i];
-    for (; j < n; j++) highest = x[j] > highest ? x[j] : highest;
     for (int i = 0; i < LANES; i++) highest = lane[i] > highest ? lane[i] : highest;
     return highest;
 }
@@ -724,26 +725,26 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
             Block b = thread_block(scores, G, T_max, D);
             for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += step) {
                 size_t rows = min_size(step, query->start[s + 1] - r0), at = r0 * H + kv * G;
-                size_t keys = query->position[r0 + rows - 1] + 1;
+                size_t keys = query->position[r0 + rows - 1] + 1, wide = whole_vectors(keys);
                 copy_rows(b.q, G * D, q + at * D, H * D, rows, G * D);
                 // pass 1: scores = q k^T
-                matmul(b.p, keys, b.q, D, 1, k_s, 1, KV * D, rows * G, keys, D, 0);
+                matmul(b.p, wide, b.q, D, 1, k_s, 1, KV * D, rows * G, keys, D, 0);
                 // pass 2: p = softmax(scale * scores) over the keys up to the row's own
                 for (size_t i = 0; i < rows * G; i++) {
-                    size_t seen = query->position[r0 + i / G] + 1;
-                    float *p_i = b.p + i * keys, highest = maximum(p_i, seen), sum = 0;
+                    float *p_i = b.p + i * wide, sum = 0;
+                    for (size_t j = query->position[r0 + i / G] + 1; j < wide; j++) p_i[j] = -INFINITY;
+                    float highest = maximum(p_i, wide);
                     #pragma omp simd reduction(+:sum)
-                    for (size_t j = 0; j < seen; j++) {
+                    for (size_t j = 0; j < wide; j++) {
                         p_i[j] = exponential(scale * (p_i[j] - highest));
                         sum += p_i[j];
                     }
                     float normalise = 1.0f / sum;
-                    for (size_t j = 0; j < seen; j++) p_i[j] *= normalise;
-                    memset(p_i + seen, 0, (keys - seen) * sizeof(float));
+                    for (size_t j = 0; j < wide; j++) p_i[j] *= normalise;
                     lse[at + i / G * H + i % G] = scale * highest + logf(sum);
                 }
                 // pass 3: out = p v
-                matmul(b.out, D, b.p, keys, 1, v_s, KV * D, 1, rows * G, D, keys, 0);
+                matmul(b.out, D, b.p, wide, 1, v_s, KV * D, 1, rows * G, D, keys, 0);
                 copy_rows(out + at * D, H * D, b.out, G * D, rows, G * D);
             }
         }
@@ -765,35 +766,34 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
             Block b = thread_block(scores, G, T_max, D);
             for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += step) {
                 size_t rows = min_size(step, query->start[s + 1] - r0), at = r0 * H + kv * G, n = rows * G;
-                size_t keys = query->position[r0 + rows - 1] + 1;
+                size_t keys = query->position[r0 + rows - 1] + 1, wide = whole_vectors(keys);
                 copy_rows(b.q, G * D, q + at * D, H * D, rows, G * D);
                 copy_rows(b.out, G * D, out + at * D, H * D, rows, G * D);
                 copy_rows(b.dout, G * D, dout + at * D, H * D, rows, G * D);
                 // p = exp(scale * q k^T - lse)
-                matmul(b.p, keys, b.q, D, 1, k_s, 1, KV * D, n, keys, D, 0);
+                matmul(b.p, wide, b.q, D, 1, k_s, 1, KV * D, n, keys, D, 0);
                 for (size_t i = 0; i < n; i++) {
-                    float *p_i = b.p + i * keys, lse_i = lse[at + i / G * H + i % G];
-                    size_t seen = query->position[r0 + i / G] + 1;
+                    float *p_i = b.p + i * wide, lse_i = lse[at + i / G * H + i % G];
+                    for (size_t j = query->position[r0 + i / G] + 1; j < wide; j++) p_i[j] = -INFINITY;
                     #pragma omp simd
-                    for (size_t j = 0; j < seen; j++) p_i[j] = exponential(scale * p_i[j] - lse_i);
-                    memset(p_i + seen, 0, (keys - seen) * sizeof(float));
+                    for (size_t j = 0; j < wide; j++) p_i[j] = exponential(scale * p_i[j] - lse_i);
                 }
                 // pass 3 was out = p v:                    dv += p^T dout           dp = dout v^T
-                matmul(dv + kv_at, KV * D, b.p, 1, keys, b.dout, D, 1, keys, D, n, 1);
-                matmul(b.ds, keys, b.dout, D, 1, v_s, 1, KV * D, n, keys, D, 0);
+                matmul(dv + kv_at, KV * D, b.p, 1, wide, b.dout, D, 1, keys, D, n, 1);
+                matmul(b.ds, wide, b.dout, D, 1, v_s, 1, KV * D, n, keys, D, 0);
                 // pass 2 was p = softmax(scale * scores):   dscores = scale * p (dp - sum_j p_j dp_j)
                 // where sum_j p_j dp_j = dout . out, because out = sum_j p_j v_j and dp_j = dout . v_j
                 for (size_t i = 0; i < n; i++) {
-                    const float *p_i = b.p + i * keys, *out_i = b.out + i * D, *dout_i = b.dout + i * D;
-                    float *ds_i = b.ds + i * keys, mean = 0;
+                    const float *p_i = b.p + i * wide, *out_i = b.out + i * D, *dout_i = b.dout + i * D;
+                    float *ds_i = b.ds + i * wide, mean = 0;
                     #pragma omp simd reduction(+:mean)
                     for (size_t d = 0; d < D; d++) mean += dout_i[d] * out_i[d];
-                    for (size_t j = 0; j < keys; j++) ds_i[j] = scale * p_i[j] * (ds_i[j] - mean);
+                    for (size_t j = 0; j < wide; j++) ds_i[j] = scale * p_i[j] * (ds_i[j] - mean);
                 }
                 // pass 1 was scores = q k^T:               dq = dscores k           dk += dscores^T q
-                matmul(b.out, D, b.ds, keys, 1, k_s, KV * D, 1, n, D, keys, 0);
+                matmul(b.out, D, b.ds, wide, 1, k_s, KV * D, 1, n, D, keys, 0);
                 copy_rows(dq + at * D, H * D, b.out, G * D, rows, G * D);
-                matmul(dk + kv_at, KV * D, b.ds, 1, keys, b.q, D, 1, keys, D, n, 1);
+                matmul(dk + kv_at, KV * D, b.ds, 1, wide, b.q, D, 1, keys, D, n, 1);
             }
         }
 }
