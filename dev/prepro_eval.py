@@ -276,7 +276,7 @@ def main():
         else:
             for path, requests in write_files(args):
                 print(f"{path}: {requests} requests")
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError) as error:
         sys.exit(f"prepro_eval.py: {error}")
 
 
