@@ -144,8 +144,8 @@ static size_t base_weights(const Model *model)
 // Lays examples first .. end - 1 end to end.
 static void rig_batch(Run *run, size_t first, size_t end)
 {
-    batch_clear(&run->batch);
-    for (size_t e = first; e < end; e++) batch_add(&run->batch, &run->data, e);
+    batch_clear(&run->batch, 0);
+    for (size_t e = first; e < end; e++) batch_add(&run->batch, &run->data, e, 0, 0);
 }
 
 // A run on random examples with a model of random weights. All examples lie in its batch.
@@ -157,7 +157,9 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     uint32_t *length = integers(examples), *answer = integers(examples), *token;
     *data = (Data){ .V = config.V, .examples = examples, .width = 4, .length = length, .answer = answer };
     data->offset = allocate(examples, sizeof(size_t));
+    data->leader = integers(examples), data->shared = integers(examples);
     for (size_t e = 0; e < examples; e++) {
+        data->leader[e] = (uint32_t)e;
         length[e] = shape[e].length;
         answer[e] = shape[e].answer;
         data->offset[e] = data->tokens;
@@ -166,7 +168,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     }
     data->token = token = integers(data->tokens);
     for (size_t i = 0; i < data->tokens; i++) token[i] = (uint32_t)(mix(i + 1) % config.V);
-    run->batch = batch_alloc(data->tokens, data->tokens);
+    run->batch = batch_alloc(data->tokens, data->tokens, 4 * data->tokens);
     run->verdict = allocate(examples, sizeof(Verdict));
     rig_batch(run, 0, examples);
 
@@ -179,7 +181,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
         for (size_t i = 0; t->rows == 1 && i < t->n; i++) t->value[i] += 1;
     }
     model->hash = hash64(model->base_arena, weights * sizeof(float));
-    acts_alloc(model, data->tokens, data->longest, run->batch.answer.n, 1, 1);
+    acts_alloc(model, data->tokens, data->longest, run->batch.answer.n, 4 * data->tokens, 1, 1, 1);
     return run;
 }
 
@@ -378,9 +380,7 @@ static void torch_plain(Run *run, const File *file, int at, const float *error32
 {
     Model *model = &run->model;
     const float *dweights = dumped(file, "dweights", at, base_weights(model), 4);
-    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
-        if (t->adapter >= 0) memcpy(t->value, rigsa_weight(model, t), t->n * sizeof(float));
-    model->adapter = PLAIN;
+    merge(model);
     trained_arenas(model, model->tensors, model->tensors + model->all_tensors);
     rig_gradient(run, MOST_EXAMPLES);
     for (size_t i = 0; i < model->base_tensors; dweights += model->tensors[i++].n) {
@@ -734,7 +734,7 @@ static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
     precision = of;
     model->acts = (Activations){ .recompute = recompute };
     rig_batch(run, 0, run->data.examples);
-    acts_alloc(model, run->data.tokens, run->data.longest, run->batch.answer.n, 1, 1);
+    acts_alloc(model, run->data.tokens, run->data.longest, run->batch.answer.n, 0, 0, 1, 1);
     rig_gradient(run, MOST_EXAMPLES);
     precision = FP32;
     return copy_of(model->grad_arena, n * sizeof(float));
@@ -767,7 +767,7 @@ static void test_matmul(void)
     static const size_t sizes[][3] = {
         { 1, 1, 1 }, { MR, NR, 5 }, { MR + 1, NR - 1, 3 }, { 2 * MR - 1, 2 * NR + 1, KC }, { 7, 5, KC + 1 },
         { MC + 1, 3, 2 }, { 2 * MC + 5, NR + 7, 11 }, { 3, NC + 1, 4 }, { 5, 2, 4 * KC + 3 },
-        { 1, 50, 9 }, { 50, 1, 9 }, { 3, 4, 0 }, { 6, 0, 3 } };
+        { 1, 50, 9 }, { 50, 1, 9 }, { 3, 4, 0 }, { 6, 0, 3 }, { 0, 6, 3 } };
     for (size_t s = 0; s < COUNT_OF(sizes); s++)
         for (int way = 0; way < 32; way++) {
             char what[96];
@@ -1222,7 +1222,7 @@ static void test_save_and_load(void)
         ticket_save(from, ticket, "");
         *to = (Model){ 0 };
         base_load(to, base);
-        acts_alloc(to, loaded->data.tokens, loaded->data.longest, loaded->batch.answer.n, 0, 1);
+        acts_alloc(to, loaded->data.tokens, loaded->data.longest, loaded->batch.answer.n, 0, 0, 0, 1);
         ticket_load(to, ticket);
         size_t values = adapter_entries(from) + matrices(from), logits = loaded->batch.answer.n * UNTIED.V;
         check_same("configuration", &to->config, &from->config, sizeof(Config));
@@ -1489,12 +1489,14 @@ static void test_scores(void)
         { .logp = -2, .exact = 1 }, { .logp = -2 },                     // a tie: 0; per character 1
         { .logp = -9 }, { .logp = -1, .exact = 1 } };                   // 1 both ways
     static const double share[] = { 3 / 7.0, 2 / 3.0, 2 / 3.0 }, count[] = { 7, 3, 3 };        // EXACT, ACC, ACC_NORM
-    Data data = { .examples = 7, .questions = 3, .choices = choices, .gold = gold, .chars = chars };
+    Data data = { .examples = 7, .gold = gold, .chars = chars };
     for (int metric = EXACT; metric <= ACC_NORM; metric++) {
         data.metric = metric;
+        data.questions = metric == EXACT ? 7 : 3;
+        data.choices = metric == EXACT ? NULL : choices;
         Score score = score_verdicts(verdict, &data);
         check_number("share of right answers", score.value, share[metric]);
-        check_number("standard error", score.error, sqrt(share[metric] * (1 - share[metric]) / count[metric]));
+        check_number("standard error", score.error, sqrt(share[metric] * (1 - share[metric]) / (count[metric] - 1)));
     }
 }
 
@@ -1556,6 +1558,201 @@ static void test_judge(void)
     check_dies("weights that are not numbers", judge_all, run, "finite");
 }
 
+// Two questions of three and two choices, whose first tokens are the same up to beyond the answer's start; the last two are the
+// same throughout. Judged all at once, and where a question does not fit into one batch.
+static void test_shared_contexts(void)
+{
+    static const Shape shape[] = { { 70, 66 }, { 75, 66 }, { 68, 66 }, { 9, 4 }, { 9, 4 } };
+    static const uint32_t leader[] = { 0, 0, 0, 3, 3 }, same[] = { 0, 66, 67, 0, 9 };       // tokens that are made the same
+    static const struct { size_t N, M, K; } room[] = { { 89, 30, 240 }, { 88, 30, 240 }, { 90, 30, 225 }, { 77, 10, 75 } };
+    static const size_t first[] = { 5, 3, 4, 1 };                               // examples in the first batch
+    Run *run = rig_make(ODD, shape, COUNT_OF(shape));
+    Data *data = &run->data;
+    Activations *acts = &run->model.acts;
+    uint32_t *token = (uint32_t *)data->token;
+    for (size_t e = 0; e < COUNT_OF(shape); e++) {
+        memcpy(token + data->offset[e], token + data->offset[leader[e]], same[e] * sizeof *token);
+        if (same[e] < shape[e].length && same[e]) token[data->offset[e] + same[e]] = token[data->offset[leader[e]] + same[e]] ^ 1;
+    }
+    data->rows = data->tokens;
+    for (size_t e = 0; e < COUNT_OF(shape); e++) data_share(data, e, leader[e]);
+    check_number("rows of the evaluation", (double)data->rows, 70 + 9 + 1 + 9);
+    for (size_t r = 0; r < COUNT_OF(room); r++) {
+        acts->N = room[r].N, acts->M = room[r].M, acts->K = room[r].K;
+        check_number("examples at once", (double)judge(&run->model, run->verdict, &run->batch, data, 0), (double)first[r]);
+        judge_all(run);
+        for (size_t e = 0; e < COUNT_OF(shape); e++)
+            check_most("log-probability", fabs(run->verdict[e].logp / judge_naive(run, e).logp - 1), 1e-6);
+    }
+}
+
+// A sequence in three parts, beside another one: what the last part says is what the whole says.
+static void test_past(void)
+{
+    static const uint32_t part[] = { 0, 1, 71, 130 };
+    Run *run = rig_make(ODD, LONG, COUNT_OF(LONG));
+    Batch *batch = &run->batch;
+    float whole[53], *logits = run->model.acts.logits;
+    const uint32_t *token = (const uint32_t *)run->data.token + run->data.offset[2];
+    batch_clear(batch, 0);
+    for (uint32_t t = 0, row; t < 130; t++) if (row = batch_row(batch, token[t], t), t == 129) batch_answer(batch, row, t, 0);
+    batch_end(batch, 0);
+    memcpy(whole, rig_logits(run), sizeof whole);
+    for (int i = 0; i < 3; i++) {
+        batch_clear(batch, 1);
+        for (uint32_t s = 0; s < 2; s++) {                                      // the other sequence comes first
+            for (uint32_t t = part[i]; t < part[i + 1]; t++) {
+                uint32_t row = batch_row(batch, s ? token[t] : t % ODD.V, t);
+                batch->copy[batch->copies++] = (Copy){ row, 131 * s + t };
+                if (t == 129) batch_answer(batch, row, t, 0);
+            }
+            batch_end(batch, 131 * s);
+        }
+        rig_loss(run);
+    }
+    check_close("logits", logits + ODD.V, whole, ODD.V, 1e-6);
+    check("the other's are others", !(relative_error(logits, whole, ODD.V) < 0.1));
+}
+
+// A tokenizer with a letter, a digit or a point for each token.
+static const char ALPHABET[] = "abcdefghijklmnopqrstuvwxyz-,. 0123456789ABCDEFGHIJKLM";
+
+static void spell(Data *data)
+{
+    char *piece = allocate(ODD.V, 5);
+    data->piece = allocate(ODD.V, sizeof *data->piece);
+    for (size_t t = 0; t < ODD.V; t++) {
+        memcpy(piece + 5 * t, &(uint32_t){ 1 }, 4);
+        piece[5 * t + 4] = ALPHABET[t];
+        data->piece[t] = piece + 5 * t;
+    }
+    data->stop = "";
+    data->longest_piece = 1;
+}
+
+// What example e should say, by whole forward passes without a cache: fills out, returns how many tokens.
+static size_t say_naive(Run *run, size_t e, uint32_t *out)
+{
+    const Data *data = &run->data;
+    uint32_t prompt = data->answer[e];
+    char text[64];
+    for (uint32_t n = 0; ; ) {
+        batch_clear(&run->batch, 0);
+        for (uint32_t t = 0, row; t < prompt + n; t++) {
+            row = batch_row(&run->batch, t < prompt ? data_token(data, data->offset[e] + t) : out[t - prompt], t);
+            if (t + 1 == prompt + n) batch_answer(&run->batch, row, t, 0);
+        }
+        batch_end(&run->batch, 0);
+        rig_loss(run);
+        out[n++] = run->model.acts.best[0];
+        for (size_t i = 0; i < n; i++) text[i] = ALPHABET[out[i]];
+        text[n] = 0;
+        int stopped = n == data->limit || out[n - 1] == data->end[0];
+        for (const char *stop = data->stop; stop < data->stop + data->stop_size; stop += strlen(stop) + 1)
+            stopped |= strstr(text, stop) != NULL;
+        if (stopped) return n;
+    }
+}
+
+// Eleven examples in eight slots, prompts of 1 to 41 tokens in batches of 17 rows. First up to the limit; then with a token that
+// ends one of them and a text, of two tokens, that stops another; then on one thread less.
+static void test_generation(void)
+{
+    static Shape shape[11];
+    uint32_t naive[32], end = ODD.V;
+    char stop[] = "zz\0ab";
+    for (uint32_t e = 0; e < 11; e++) shape[e] = (Shape){ 64, 1 + 4 * e };
+    Run *run = rig_make(ODD, shape, 11);
+    Data *data = &run->data;
+    spell(data);
+    data->number = allocate(11, sizeof(double));
+    data->limit = 20, data->end = &end, data->end_count = 1, data->metric = NUMBER;
+    for (int round = 0; round < 2; round++) {
+        Slot slot[SLOTS] = { 0 };
+        size_t next = 0, done = 0, shorter = 0;
+        char text[64];
+        int compared[11] = { 0 };
+        for (int i = 0; i < SLOTS; i++) slot[i].token = integers(64);
+        while (done < 11) {
+            run->model.acts.N = 17;
+            done += generate(&run->model, run->verdict, &run->batch, data, slot, &next, text, NULL, "");
+            run->model.acts.N = data->tokens;
+            for (Slot *g = slot; g < slot + SLOTS; g++) {
+                if (g->live || !g->n || compared[g->example]++) continue;
+                size_t n = say_naive(run, g->example, naive), prompt = data->answer[g->example];
+                check_number("tokens", (double)(g->n - prompt), (double)n);
+                check_same("what is said", g->token + prompt, naive, n * sizeof *naive);
+                shorter += n < data->limit;
+            }
+        }
+        check("some end early", round == 0 ? shorter == 0 : shorter >= 2 && shorter < 11);
+        end = (say_naive(run, 3, naive), naive[5]);
+        say_naive(run, 9, naive);
+        for (int i = 0; i < 2; i++) stop[3 + i] = ALPHABET[naive[7 + i]];
+        data->stop = stop, data->stop_size = sizeof stop;
+    }
+}
+
+static void test_text(void)
+{
+    static const struct { const char *said; const char *text; double number; } cases[] = {
+        { "a 1 b-2,345.5.", "a 1 b-2,345.5.", -2345.5 }, { "it is 18. STOP 19", "it is 18. ", 18 }, { "none, -.", "none, -.", NAN },
+        { "", "", NAN }, { "ENDSTOP 7", "", NAN }, { "7 STO", "7 STO", 7 }, { "x=0", "x0", 0 } };
+    static const char stops[] = "STOP\0END";
+    Data data = { 0 };
+    static char letters[256][5];
+    const char *piece[256];
+    for (int t = 0; t < 256; t++) {
+        memcpy(letters[t], &(uint32_t){ t != '=' }, 4);                         // a token may say nothing
+        letters[t][4] = (char)t;
+        piece[t] = letters[t];
+    }
+    data.piece = piece, data.stop = stops, data.stop_size = sizeof stops;
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        uint32_t token[32];
+        char text[32];
+        size_t n = strlen(cases[i].said);
+        for (size_t t = 0; t < n; t++) token[t] = (unsigned char)cases[i].said[t];
+        int stopped = write_text(text, &data, token, n);
+        check("stopped", stopped == (strstr(cases[i].said, "STOP") != NULL));
+        record(!strcmp(text, cases[i].text), "`%s`: `%s`", cases[i].said, text);
+        double number = last_number(text);
+        record(number == cases[i].number || (isnan(number) && isnan(cases[i].number)), "`%s`: %g", cases[i].said, number);
+    }
+}
+
+// An evaluation by generation from its file to its details, and what is wrong with such files.
+static void test_generation_file(void)
+{
+    static const uint32_t vocab[] = { 5, 4 }, length[] = { 4, 3 }, answer[] = { 2, 1 }, token[] = { 0, 1, 4, 3, 2, 3, 3 }, end = 5;
+    static const char pieces[] = "\1\0\0\0001" "\0\0\0\0" "\1\0\0\0\"" "\2\0\0\0a\n" "\1\0\0\0007";
+    static const double number[] = { 7, -7 };
+    static const struct { const char *what; uint32_t limit; size_t stop, pieces; const char *word; } cases[] = {
+        { "right", 3, 3, sizeof pieces - 1, NULL }, { "nothing to generate", 0, 3, sizeof pieces - 1, "generates" },
+        { "a stop without end", 3, 2, sizeof pieces - 1, "stop" }, { "half a piece", 3, 3, sizeof pieces - 2, "pieces" },
+        { "a piece missing", 3, 3, sizeof pieces - 6, "pieces" } };
+    char *path = in_folder("generation"), *base = in_folder("base.bin"), *details = in_folder("details");
+    sample.run = rig_make(TINY, FEW, 1);
+    sample_write("base", base);
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        file_write(path, "data", (Section[]){ { "vocab", vocab, 8 }, { "length", length, 8 }, { "answer", answer, 8 },
+            { "tokens", token, sizeof token }, { "column", "sums", 4 }, { "metric", "number", 6 },
+            { "limit", &cases[i].limit, 4 }, { "end", &end, 4 }, { "stop", "~~", cases[i].stop },
+            { "pieces", pieces, cases[i].pieces }, { "number", number, 16 } }, 11);
+        const char *argv[] = { "", "--base", base, "--method", "eval", "--eval", path, "--details", details, NULL };
+        if (cases[i].word) { check_dies(cases[i].what, whole_run, argv, cases[i].word); continue; }
+        check("it runs", child(whole_run, argv) == 0);
+        check_dies("details that are there", whole_run, argv, "--overwrite");
+        char line[512];
+        FILE *f = fopen(details, "r");
+        for (int e = 0; e < 2; e++)
+            record(f && fgets(line, sizeof line, f) && strstr(line, "\"round\": \"base\", \"column\": \"sums\"")
+                   && strstr(line, "\"tokens\": [") && strstr(line, "\"text\": \"") && strchr(line, '}'),
+                   "line %d of the details: %s", e, line);
+        if (f) fclose(f);
+    }
+}
+
 static void parse(const void *argument)
 {
     char **argv = (char **)argument;
@@ -1612,12 +1809,13 @@ static void test_story(void)
     const char *pieces = section(&file, "pieces", &n);
     if (!pieces) die("%s: has no section `pieces`, it is not of dev/export_stories.py", stories);
     base_load(&model, stories);
-    acts_alloc(&model, MOST, MOST, 1, 0, 1);
+    acts_alloc(&model, MOST, MOST, 1, 0, 0, 0, 1);
     for (uint32_t N = 1; N < MOST && length < strlen(known); N++) {
         uint32_t *last = &position[N - 1], target = 0;
         *last = N - 1;
         const Batch batch = { .S = 1, .all = { N, NULL, (uint32_t[]){ 0, N }, position },
-                              .answer = { 1, last, (uint32_t[]){ 0, 1 }, last }, .token = token, .target = &target };
+                              .answer = { 1, last, (uint32_t[]){ 0, 1 }, last }, .token = token, .target = &target,
+                              .key_start = (uint32_t[]){ 0 } };
         model_forward(&model, &batch);
         head_forward_backward(&model, &batch, 0, 0);
         token[N] = model.acts.best[0];
@@ -1638,12 +1836,12 @@ static void write_logits(char **path)
     base_load(&run->model, path[0]);
     if (path[3]) ticket_load(&run->model, path[3]);
     run->data = data_open(path[1]);
-    run->batch = batch_alloc(run->data.tokens, run->data.tokens);
+    run->batch = batch_alloc(run->data.tokens, run->data.tokens, 0);
     rig_batch(run, 0, run->data.examples);
     size_t M = run->batch.answer.n, V = run->model.config.V;
     if (run->data.V != V || M > HEAD_ROWS) die("%s: vocabulary %u, %zu answer tokens; at most %zu and %d here",
                                                path[1], run->data.V, M, V, HEAD_ROWS);
-    acts_alloc(&run->model, run->data.tokens, run->data.longest, M, 0, 1);
+    acts_alloc(&run->model, run->data.tokens, run->data.longest, M, 0, 0, 0, 1);
     FILE *f = fopen(path[2], "wb");
     if (!f || fwrite(rig_logits(run), sizeof(float), M * V, f) != M * V || fclose(f))
         die("%s: cannot be written: %s", path[2], strerror(errno));
@@ -1668,7 +1866,9 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "damaged files", test_damaged_files }, { "wrong numbers in files", test_wrong_numbers },
     { "the same bits on 1, 2, 3 and 5 threads", test_threads }, { "batches", test_batches },
     { "examples learnt by heart", test_overfit }, { "whole runs", test_whole_runs }, { "scores", test_scores },
-    { "verdicts", test_judge }, { "options", test_options }, { "a story", test_story } };
+    { "verdicts", test_judge }, { "shared contexts", test_shared_contexts }, { "a past", test_past },
+    { "generation", test_generation }, { "text", test_text }, { "generation from a file", test_generation_file },
+    { "options", test_options }, { "a story", test_story } };
 
 int main(int argc, char **argv)
 {

@@ -31,7 +31,7 @@
 //     10  Pruning       the mask: who stays, and where the survivors go back to
 //     11  Files         reading and writing models, data and tickets
 //     12  Memory        the table of tensors, the plan, the arenas
-//     13  Evaluation    exact match and multiple choice
+//     13  Evaluation    exact match, multiple choice, greedy generation
 //     14  Options       one table
 //     15  Training      a pass, the rounds, the table of results, main
 //
@@ -108,11 +108,19 @@ typedef struct {
     uint32_t *position;        // (n) of the row within its sequence
 } Rows;
 
+// Attention reads keys and values where the layer computed them (training) or, when `cached`, in a cache: there those of a sequence
+// lie together, although it shares its context with others (each has a copy) or earlier batches have computed its past.
+typedef struct { uint32_t row, to; } Copy;                  // from a row of the batch to a row of the cache
+
 typedef struct {
     size_t S;
     Rows all, answer;          // the N rows, and the M of them that predict an answer token
     uint32_t *token;           // (N)
     uint32_t *target;          // (M) the token that each answer row should predict
+    uint32_t *key_start;       // (S) the first key of each sequence: a row of the batch or, when `cached`, of the cache
+    int cached;
+    size_t copies;
+    Copy *copy;                // (copies)
 } Batch;
 
 // What the backward pass needs of a layer. What is cheap to compute again is not kept: norm outputs and the gated product.
@@ -130,7 +138,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    size_t N, T, M;            // the largest batch, sequence and number of answer rows that fit
+    size_t N, T, M, K;         // the largest batch, sequence, number of answer rows, and rows of the cache
     Layer *layer;              // (L + 1) the last one holds only x (M, C), the input of the final norm
     size_t keep;               // floats from x on that a layer's copy holds: all, or with `recompute` only x
     int recompute;             // run a layer's forward pass again before its backward pass: less memory, a third more work
@@ -139,6 +147,8 @@ typedef struct {
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
     float *dgate, *dup, *dh;   // (N, F)
     float *transposed;         // (O + I, SPAN) of the largest matrix: dy^T and x^T for the sampled gradient
+    float *cached_k, *cached_v;// (K, KV, D); one for all layers or, where there is a past, one per layer, `layer_stride` apart
+    size_t layer_stride;
     float *scores;             // a Block of attention for each thread
     float *cosine, *sine;      // (T, D / 2)
     float *xm, *dxm;           // (M, C) answer rows picked out of N, and their gradient
@@ -529,12 +539,61 @@ static void matmul_pack(float *to, const float *from, size_t across, size_t alon
             }
 }
 
+// For few rows of a, packing b would cost more than the product. Where b lies column by column (W^T of a linear layer, the keys
+// of attention) it is read once, as fast as memory gives it: NV columns meet MR rows at a time, lane by lane along k. Where a row
+// or column is missing, the last one is computed again.
+enum { FEW_ROWS = 3 * MR };
+
+static void matmul_few(float *c, size_t ldc, const float *a, size_t a_row, const float *b, size_t b_col,
+                       size_t M, size_t first, size_t end, size_t K, int add)
+{
+    size_t whole = K / LANES * LANES;
+    for (size_t j = first; j < end; j += NV)
+        for (size_t i = 0; i < M; i += MR) {
+            const float *a_r[MR], *b_v[NV];
+            vec sum[NV][MR] = { 0 };
+            float lane[NV][MR][LANES];
+            for (size_t r = 0; r < MR; r++) a_r[r] = a + min_size(i + r, M - 1) * a_row;
+            for (size_t v = 0; v < NV; v++) b_v[v] = b + min_size(j + v, end - 1) * b_col;
+            for (size_t k = 0; k < whole; k += LANES) {
+                #pragma GCC unroll 4
+                for (size_t v = 0; v < NV; v++) __builtin_prefetch(b_v[0] + NV * (b_col + k) + v * LANES);
+                #pragma GCC unroll 8
+                for (int r = 0; r < MR; r++) {
+                    vec a_k = *(const vec *)(a_r[r] + k);
+                    #pragma GCC unroll 4
+                    for (int v = 0; v < NV; v++) sum[v][r] += a_k * *(const vec *)(b_v[v] + k);
+                }
+            }
+            memcpy(lane, sum, sizeof sum);
+            for (size_t v = 0; v < min_size(NV, end - j); v++)
+                for (size_t r = 0; r < min_size(MR, M - i); r++) {
+                    float *to = c + (i + r) * ldc + j + v, total = 0;
+                    for (int l = 0; l < LANES; l++) total += lane[v][r][l];
+                    for (size_t k = whole; k < K; k++) total += a_r[r][k] * b_v[v][k];
+                    *to = add ? *to + total : total;
+                }
+        }
+}
+
 // The part of one thread, `id` of a team that shares `pb`: every threads-th panel of b to pack, then every threads-th block of c.
 // In fp32, rows of a that lie along k are read where they are.
 static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
                         const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add,
                         float *pb, size_t id, size_t threads)
 {
+    size_t first = N * id / threads, end = N * (id + 1) / threads;
+    if (M <= FEW_ROWS && a_col == 1 && b_row == 1 && precision == FP32) {
+        matmul_few(c, ldc, a, a_row, b, b_col, M, first, end, K, add);
+        return;
+    }
+    if (M <= MR / 2 && b_col == 1 && precision == FP32) {                // attention's p v, when a token is generated
+        for (size_t i = 0; i < M && !add; i++) memset(c + i * ldc + first, 0, (end - first) * sizeof(float));
+        for (size_t k = 0; k < K; k++)
+            for (size_t i = 0; i < M; i++)
+                for (size_t j = first; j < end; j++) c[i * ldc + j] += a[i * a_row + k * a_col] * b[k * b_row + j];
+        return;
+    }
     size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
     size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
     size_t per = precision == BF16 ? 2 : 1;
@@ -574,6 +633,7 @@ static void matmul(float *c, size_t ldc, const float *a, size_t a_row, size_t a_
                    const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
 {
     float *pb = packed_b;                                // the calling thread's, for its whole team
+    if (M == 0) return;                                  // a batch of prompts' first parts has no answer rows
     if (K == 0 && !add)
         for (size_t i = 0; i < M; i++) memset(c + i * ldc, 0, N * sizeof(float));
     if (omp_in_parallel()) {
@@ -998,6 +1058,15 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
 
 static const Adapter RIGSA = { rigsa_weight, rigsa_gradient };
 
+// W takes W0's place for good: an evaluation that generates would form it again for every token. (In bf16 it would lose digits.)
+static void merge(Model *model)
+{
+    if (precision == BF16) return;
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
+        if (t->adapter >= 0) memcpy(t->value, model->adapter.weight(model, t), t->n * sizeof(float));
+    model->adapter = PLAIN;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 8. Transformer
 
@@ -1031,6 +1100,16 @@ static void scatter(float *to, const float *from, const Rows *rows, size_t C)
         for (size_t c = 0; c < C; c++) to[rows->row[i] * C + c] += from[i * C + c];
 }
 
+// The batch's keys (or values) x (N, n): where they are, or copied to their places in the cache (K, n).
+static const float *keys(const Batch *batch, const float *x, float *cache, size_t n)
+{
+    if (!batch->cached) return x;
+    #pragma omp parallel for
+    for (size_t i = 0; i < batch->copies; i++)
+        memcpy(cache + batch->copy[i].to * n, x + batch->copy[i].row * n, n * sizeof(float));
+    return cache;
+}
+
 // The rows that a layer's queries, attention output and feed-forward are computed for.
 static const Rows *query_rows(const Model *model, const Batch *batch, size_t l)
 {
@@ -1051,7 +1130,9 @@ static void layer_forward(Model *model, const Batch *batch, size_t l)
     linear_forward(model, a->v, layer_tensor(model, l, WV), acts->xn, N, 0);
     rope(a->q, acts->cosine, acts->sine, rows->position, R, H, D, 1);
     rope(a->k, acts->cosine, acts->sine, batch->all.position, N, KV, D, 1);
-    attention_forward(a->att, a->lse, a->q, a->k, a->v, acts->scores, rows, batch->all.start, batch->S, H, KV, D, acts->T);
+    const float *k = keys(batch, a->k, acts->cached_k + l * acts->layer_stride, KV * D);
+    const float *v = keys(batch, a->v, acts->cached_v + l * acts->layer_stride, KV * D);
+    attention_forward(a->att, a->lse, a->q, k, v, acts->scores, rows, batch->key_start, batch->S, H, KV, D, acts->T);
     memcpy(a->x2, gather(acts->xm, a->x, rows, C), R * C * sizeof(float));
     linear_forward(model, a->x2, layer_tensor(model, l, WO), a->att, R, 1);                  // x2 = x + att Wo^T
     rmsnorm_forward(acts->xn, a->rstd2, a->x2, layer_tensor(model, l, FFN_NORM)->value, R, C, c->eps);
@@ -1096,7 +1177,7 @@ static void model_forward(Model *model, const Batch *batch)
         float *next = acts->layer[l + 1].x;                 // may be a->x: nothing after layer_keep reads that
         size_t R = query_rows(model, batch, l)->n;
         layer_forward(model, batch, l);
-        layer_keep(acts, l);
+        if (!batch->cached) layer_keep(acts, l);
         swiglu_forward(acts->h, a->gate, a->up, R * c->F);
         memcpy(next, a->x2, R * c->C * sizeof(float));
         linear_forward(model, next, layer_tensor(model, l, WDOWN), acts->h, R, 1);           // next x = x2 + h Wd^T
@@ -1451,7 +1532,7 @@ static const void *needed(const File *file, const char *tag, size_t count, size_
 static void file_write(const char *path, const char *kind, const Section *sections, size_t count)
 {
     static const char zeros[8];
-    char temporary[PATH_MAX];
+    char temporary[PATH_MAX + 8];
     FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
     memcpy(header.magic, MAGIC, 8);
     memcpy(header.kind, kind, 4);
@@ -1487,10 +1568,19 @@ typedef struct {
     const uint32_t *glyphs;             // (glyph_count, 2) token and character, to draw an example as text
     size_t glyph_count;
     char column[16];                    // evaluations: heading of the column, empty for training examples
-    enum { EXACT, ACC, ACC_NORM } metric;
+    enum { EXACT, ACC, ACC_NORM, NUMBER } metric;
     size_t questions;                   // multiple choice: consecutive examples are the choices of a question
     const uint32_t *choices, *gold;     // (questions)
     const uint32_t *chars;              // (examples) characters of the choice
+    uint32_t *leader, *shared;          // (examples) first choice of the same question, and how many tokens both begin with
+    size_t rows;                        // that an evaluation computes
+    uint32_t limit;                     // generation: most new tokens
+    const double *number;               // (examples) the right answer
+    const uint32_t *end;                // (end_count) tokens that end it
+    const char *stop;                   // (stop_size) texts that end it, each with a zero behind it
+    size_t end_count, stop_size;
+    const char **piece;                 // (V) a token's text, after its u32 length of at most `longest_piece`
+    size_t longest_piece;
 } Data;
 
 static uint32_t data_token(const Data *data, size_t i)
@@ -1507,6 +1597,42 @@ static void data_text(char *to, size_t size, const File *file, const char *tag)
     size_t n;
     const char *text = section(file, tag, &n);
     snprintf(to, size, "%.*s", text ? (int)min_size(n, size - 1) : 0, text ? text : "");
+}
+
+// Two choices of a question begin with the same tokens: with its context, at least.
+static void data_share(Data *data, size_t e, size_t leader)
+{
+    uint32_t n = 0, most = leader < e ? (uint32_t)min_size(data->length[e], data->length[leader]) : 0;
+    while (n < most && data_token(data, data->offset[e] + n) == data_token(data, data->offset[leader] + n)) n++;
+    data->leader[e] = (uint32_t)leader;
+    data->shared[e] = n;
+    data->rows -= n;
+}
+
+// What an evaluation by generation has besides. It computes prompts, and up to `limit` tokens one by one.
+static void data_generation(Data *data)
+{
+    const char *path = data->file.path, *pieces;
+    size_t n, at = 0;
+    data->limit = *(const uint32_t *)needed(&data->file, "limit", 1, sizeof(uint32_t));
+    data->end = section(&data->file, "end", &n);
+    data->end_count = n / sizeof(uint32_t);
+    data->stop = section(&data->file, "stop", &data->stop_size);
+    pieces = section(&data->file, "pieces", &n);
+    data->piece = allocate(data->V, sizeof *data->piece);
+    for (uint32_t t = 0, size = 0; t < data->V; t++, at += 4 + size) {
+        if (n - at >= 4) memcpy(&size, data->piece[t] = pieces + at, 4);
+        if (n - at < 4 || n - at - 4 < size) die("%s: section `pieces` ends at token %u of %u", path, t, data->V);
+        data->longest_piece = max_size(data->longest_piece, size);
+    }
+    data->number = needed(&data->file, "number", data->examples, sizeof(double));
+    data->longest = data->rows = 0;
+    for (size_t e = 0; e < data->examples; e++) {
+        data->rows += data->answer[e] + data->limit;
+        data->longest = max_size(data->longest, data->answer[e] + data->limit);
+    }
+    if (data->limit < 1 || data->limit > 1 << 20) die("%s: generates %u tokens", path, data->limit);
+    if (data->stop_size && data->stop[data->stop_size - 1]) die("%s: section `stop` does not end with a zero", path);
 }
 
 static Data data_open(const char *path)
@@ -1544,9 +1670,15 @@ static Data data_open(const char *path)
     if (!strcmp(metric, "exact")) data.metric = EXACT;
     else if (!strcmp(metric, "acc")) data.metric = ACC;
     else if (!strcmp(metric, "acc_norm")) data.metric = ACC_NORM;
+    else if (!strcmp(metric, "number")) data.metric = NUMBER;
     else die("%s: unknown metric `%s`", path, metric);
     data.questions = data.examples;
-    if (data.metric == EXACT) return data;
+    data.rows = data.tokens;
+    data.leader = allocate(data.examples, sizeof(uint32_t));
+    data.shared = allocate(data.examples, sizeof(uint32_t));
+    for (size_t e = 0; e < data.examples; e++) data.leader[e] = (uint32_t)e;
+    if (data.metric == NUMBER) data_generation(&data);
+    if (data.metric == EXACT || data.metric == NUMBER) return data;
     section(file, "choices", &n);
     data.questions = n / sizeof(uint32_t);
     data.choices = needed(file, "choices", data.questions, sizeof(uint32_t));
@@ -1554,6 +1686,8 @@ static Data data_open(const char *path)
     data.chars = needed(file, "chars", data.examples, sizeof(uint32_t));
     for (size_t i = 0; i < data.questions; i++) {
         if (data.gold[i] >= data.choices[i]) die("%s: question %zu has no choice %u", path, i, data.gold[i]);
+        for (size_t e = choice_sum; e < min_size(choice_sum + data.choices[i], data.examples); e++)
+            data_share(&data, e, choice_sum);
         choice_sum += data.choices[i];
     }
     for (size_t e = 0; e < data.examples; e++) if (data.chars[e] == 0) die("%s: choice %zu is empty", path, e);
@@ -1806,9 +1940,10 @@ static float *take(Arena *arena, size_t n)
     return p;
 }
 
-// Lays out activations for batches of up to N rows, sequences of T and M answer rows. Only fp32 training that does not recompute
-// gives every layer arrays of its own; otherwise all share the first layer's, and training keeps copies.
-static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M, int training)
+// Lays out activations for batches of up to N rows, sequences of T and M answer rows, and a cache of K rows, for each layer when
+// sequences have a `past`. Only fp32 training that does not recompute gives every layer arrays of its own; otherwise all share the
+// first layer's, and training keeps copies.
+static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M, size_t K, int past, int training)
 {
     const Config *c = &model->config;
     Activations *a = &model->acts;
@@ -1831,7 +1966,9 @@ static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M
         }
         if (training && !own && l < c->L) layer->kept = take(arena, precision == BF16 ? (a->keep + 1) / 2 : a->keep);
     }
-    a->N = N, a->T = T, a->M = M;
+    a->N = N, a->T = T, a->M = M, a->K = K;
+    a->layer_stride = past ? K * KVD : 0;
+    a->cached_k = take(arena, (past ? c->L : 1) * K * KVD), a->cached_v = take(arena, (past ? c->L : 1) * K * KVD);
     a->xn = take(arena, N * C), a->h = take(arena, N * F);
     a->scores = take(arena, (size_t)omp_get_max_threads() * block_floats(c->H / c->KV, T, c->D));
     a->cosine = take(arena, T * c->D / 2), a->sine = take(arena, T * c->D / 2);
@@ -1844,14 +1981,14 @@ static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M
     a->transposed = take(arena, SPAN * (C + max_size(F, HD)));
 }
 
-static size_t acts_alloc(Model *model, size_t N, size_t T, size_t M, int training, int really)
+static size_t acts_alloc(Model *model, size_t N, size_t T, size_t M, size_t K, int past, int training, int really)
 {
     Arena arena = { 0 };
     if (!model->acts.layer) model->acts.layer = allocate(model->config.L + 1, sizeof(Layer));
-    acts_layout(model, &arena, N, T, M, training);
+    acts_layout(model, &arena, N, T, M, K, past, training);
     if (!really) return arena.used;
     arena = (Arena){ .memory = floats(arena.used) };
-    acts_layout(model, &arena, N, T, M, training);
+    acts_layout(model, &arena, N, T, M, K, past, training);
     rope_table(model->acts.cosine, model->acts.sine, T, model->config.D, model->config.theta);
     model->scratch = floats(largest_matrix(model));
     return arena.used;
@@ -1859,55 +1996,83 @@ static size_t acts_alloc(Model *model, size_t N, size_t T, size_t M, int trainin
 
 static uint32_t *integers(size_t count) { return allocate(count, sizeof(uint32_t)); }
 
-static Batch batch_alloc(size_t N, size_t M)
+static Batch batch_alloc(size_t N, size_t M, size_t K)
 {
-    return (Batch){ .all = { .start = integers(N + 1), .position = integers(N) },
-                    .answer = { .row = integers(M), .start = integers(N + 1), .position = integers(M) },
-                    .token = integers(N), .target = integers(M) };
+    size_t S = max_size(N, K);                              // a sequence has at least one key
+    return (Batch){ .all = { .start = integers(S + 1), .position = integers(N) },
+                    .answer = { .row = integers(M), .start = integers(S + 1), .position = integers(M) },
+                    .token = integers(N), .target = integers(M), .key_start = integers(S), .copy = allocate(K, sizeof(Copy)) };
 }
 
-// Lays example e at the end of the batch.
-static void batch_add(Batch *batch, const Data *data, size_t e)
+static void batch_clear(Batch *batch, int cached)
 {
-    Rows *all = &batch->all, *answer = &batch->answer;
-    for (uint32_t t = 0; t < data->length[e]; t++) {
-        uint32_t row = (uint32_t)all->n++;
-        batch->token[row] = data_token(data, data->offset[e] + t);
-        all->position[row] = t;
-        if (t < data->answer[e]) continue;
-        answer->row[answer->n] = row - 1;                   // the row before a token predicts it
-        answer->position[answer->n] = t - 1;
-        batch->target[answer->n++] = batch->token[row];
+    batch->S = batch->all.n = batch->answer.n = batch->copies = 0, batch->cached = cached;
+}
+
+static uint32_t batch_row(Batch *batch, uint32_t token, uint32_t position)
+{
+    batch->token[batch->all.n] = token;
+    batch->all.position[batch->all.n] = position;
+    return (uint32_t)batch->all.n++;
+}
+
+// This row, at this position of its sequence, predicts the target.
+static void batch_answer(Batch *batch, uint32_t row, uint32_t position, uint32_t target)
+{
+    batch->answer.row[batch->answer.n] = row;
+    batch->answer.position[batch->answer.n] = position;
+    batch->target[batch->answer.n++] = target;
+}
+
+// What was added since the last call is one sequence.
+static void batch_end(Batch *batch, size_t key_start)
+{
+    batch->key_start[batch->S++] = (uint32_t)key_start;
+    batch->all.start[batch->S] = (uint32_t)batch->all.n;
+    batch->answer.start[batch->S] = (uint32_t)batch->answer.n;
+}
+
+// Lays example e at the end of the batch. Its first `shared` tokens are there already, in row `context` and on.
+static void batch_add(Batch *batch, const Data *data, size_t e, uint32_t context, uint32_t shared)
+{
+    size_t key_start = batch->cached ? batch->copies : batch->all.n;
+    for (uint32_t t = 0, row = 0; t < data->length[e]; t++) {
+        uint32_t token = data_token(data, data->offset[e] + t);
+        if (t >= data->answer[e]) batch_answer(batch, row, t - 1, token);          // the row before a token predicts it
+        row = t < shared ? context + t : batch_row(batch, token, t);
+        if (batch->cached) batch->copy[batch->copies++] = (Copy){ row, (uint32_t)key_start + t };
     }
-    batch->S++;
-    all->start[batch->S] = (uint32_t)all->n;
-    answer->start[batch->S] = (uint32_t)answer->n;
+    batch_end(batch, key_start);
 }
-
-static void batch_clear(Batch *batch) { batch->S = batch->all.n = batch->answer.n = 0; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 13. Evaluation
 
 typedef struct { double value, error; } Score;          // a share of right answers and its standard error
 
+// The error is that of a sample, as lm-evaluation-harness has it: with count - 1.
 static Score score_of(size_t right, size_t count)
 {
     double p = (double)right / (double)count;
-    return (Score){ p, sqrt(p * (1 - p) / (double)count) };
+    return (Score){ p, sqrt(p * (1 - p) / (double)max_size(count - 1, 1)) };
 }
 
 // What the model makes of one example.
 typedef struct { double logp; int exact; uint32_t said; } Verdict;     // said: its first answer token
 
-// Verdicts on the examples from `first` on, as many as fit into one batch; returns how many.
+// Verdicts on the examples from `first` on, as many as fit into one batch; returns how many. The choices of a question share the
+// tokens that they begin with: its first choice is laid out whole, the others, in the same batch, only from where they differ.
 static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *data, size_t first)
 {
     size_t e = first, i = 0;
     const Activations *acts = &model->acts;
-    batch_clear(batch);
-    while (e < data->examples && batch->all.n + data->length[e] <= acts->N
-           && batch->answer.n + data->length[e] - data->answer[e] <= acts->M) batch_add(batch, data, e++);
+    batch_clear(batch, 1);
+    for (; e < data->examples; e++) {
+        uint32_t shared = data->leader[e] < first ? 0 : data->shared[e];
+        if (batch->all.n + data->length[e] - shared > acts->N || batch->copies + data->length[e] > acts->K
+            || batch->answer.n + data->length[e] - data->answer[e] > acts->M) break;
+        batch_add(batch, data, e, shared ? batch->all.start[data->leader[e] - first] : 0, shared);
+    }
     model_forward(model, batch);
     head_forward_backward(model, batch, 0, 0);
     for (size_t j = first; j < e; j++) {
@@ -1924,11 +2089,9 @@ static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *da
 static Score score_verdicts(const Verdict *verdict, const Data *data)
 {
     size_t right = 0;
-    if (data->metric == EXACT) {
+    if (!data->choices)
         for (size_t e = 0; e < data->examples; e++) right += verdict[e].exact;
-        return score_of(right, data->examples);
-    }
-    for (size_t i = 0, e = 0; i < data->questions; e += data->choices[i++]) {
+    else for (size_t i = 0, e = 0; i < data->questions; e += data->choices[i++]) {
         size_t best = 0;
         double best_score = -INFINITY;
         for (size_t choice = 0; choice < data->choices[i]; choice++) {
@@ -1940,6 +2103,104 @@ static Score score_verdicts(const Verdict *verdict, const Data *data)
     return score_of(right, data->questions);
 }
 
+// Greedy generation: SLOTS sequences grow side by side, each in its own stretch of the cache. At every step each lays out what is
+// not cached yet: its prompt, in parts if it is longer than a batch, later the token that it said last. When it ends, it makes room
+// for the next example.
+enum { SLOTS = 8 };
+
+typedef struct {
+    size_t example, n, cached;          // its tokens so far, and how many of them are in the cache
+    uint32_t *token;                    // (T)
+    int live;                           // 0: the next example may have this place
+} Slot;
+
+// text = what n tokens say, up to the first stop, with a zero at the end; returns whether there was a stop.
+static int write_text(char *text, const Data *data, const uint32_t *token, size_t n)
+{
+    size_t length = 0;
+    int stopped = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t size;
+        memcpy(&size, data->piece[token[i]], 4);
+        memcpy(text + length, data->piece[token[i]] + 4, size);
+        length += size;
+    }
+    text[length] = 0;
+    for (const char *stop = data->stop; stop < data->stop + data->stop_size; stop += strlen(stop) + 1) {
+        char *found = memmem(text, length, stop, strlen(stop));
+        if (found) stopped = 1, length = (size_t)(found - text), *found = 0;
+    }
+    return stopped;
+}
+
+// The last number in a text, such as -1,234.5; NAN where there is none.
+static double last_number(const char *text)
+{
+    char digits[64] = "";
+    for (const char *at = text; *at; at++) {
+        size_t n = at > text && at[-1] == '-';
+        if (!isdigit((unsigned char)*at)) continue;
+        digits[0] = '-';
+        for (; isdigit((unsigned char)*at) || ((*at == ',' || *at == '.') && isdigit((unsigned char)at[1])); at++)
+            if (*at != ',' && n + 1 < sizeof digits) digits[n++] = *at;
+        digits[n] = 0;
+        at--;
+    }
+    return *digits ? strtod(digits, NULL) : NAN;
+}
+
+// A line of JSON on example e; `slot` and its text, when it was generated. Bytes that are no UTF-8 are written as they are.
+static void print_details(FILE *f, const char *label, const Data *data, size_t e, const Verdict *verdict, const Slot *slot,
+                          const char *text)
+{
+    const char *before = "\"tokens\": [";
+    if (!f) return;
+    fprintf(f, "{\"round\": \"%s\", \"column\": \"%s\", \"example\": %zu, \"exact\": %d, ", label, data->column, e, verdict->exact);
+    if (!slot) { fprintf(f, "\"logp\": %.9g}\n", verdict->logp); return; }
+    for (size_t t = data->answer[e]; t < slot->n; t++, before = ", ") fprintf(f, "%s%u", before, slot->token[t]);
+    fprintf(f, "], \"text\": \"");
+    for (; *text; text++) fprintf(f, (unsigned char)*text < ' ' || *text == '"' || *text == '\\' ? "\\u%04x" : "%c", *text);
+    fprintf(f, "\"}\n");
+}
+
+// One step of all slots; `next` is the next example, `text` room for what a slot says. Fills the verdicts of the examples that end
+// and returns how many they are.
+static size_t generate(Model *model, Verdict *verdict, Batch *batch, const Data *data, Slot *slot, size_t *next, char *text,
+                       FILE *details, const char *label)
+{
+    const Activations *acts = &model->acts;
+    size_t done = 0;
+    batch_clear(batch, 1);
+    for (Slot *g = slot; g < slot + SLOTS; g++) {
+        size_t place = (size_t)(g - slot) * acts->T;
+        if (!g->live && *next < data->examples) {
+            *g = (Slot){ .example = (*next)++, .token = g->token, .live = 1 };
+            for (; g->n < data->answer[g->example]; g->n++) g->token[g->n] = data_token(data, data->offset[g->example] + g->n);
+        }
+        for (; g->live && g->cached < g->n && batch->all.n < acts->N; g->cached++) {
+            uint32_t t = (uint32_t)g->cached, row = batch_row(batch, g->token[t], t);
+            batch->copy[batch->copies++] = (Copy){ row, (uint32_t)place + t };
+            if (t + 1 == g->n) batch_answer(batch, row, t, 0);
+        }
+        batch_end(batch, place);
+    }
+    model_forward(model, batch);
+    head_forward_backward(model, batch, 0, 0);
+    for (Slot *g = slot; g < slot + SLOTS; g++) {
+        size_t i = batch->answer.start[g - slot], e = g->example, prompt = data->answer[e];
+        if (i == batch->answer.start[g - slot + 1]) continue;
+        if (!isfinite(acts->logp[i])) die("%s: example %zu has no finite probability: broken weights", data->column, e);
+        g->token[g->n++] = acts->best[i];
+        g->live = !write_text(text, data, g->token + prompt, g->n - prompt) && g->n - prompt < data->limit;
+        for (size_t j = 0; j < data->end_count; j++) g->live &= acts->best[i] != data->end[j];
+        if (g->live) continue;
+        verdict[e].exact = last_number(text) == data->number[e];
+        print_details(details, label, data, e, &verdict[e], g, text);
+        done++;
+    }
+    return done;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 14. Options
 
@@ -1947,7 +2208,7 @@ enum { MAX_EVALS = 16 };
 enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL };
 
 typedef struct {
-    char *base, *data, *evals[MAX_EVALS], *out, *ticket;
+    char *base, *data, *evals[MAX_EVALS], *out, *ticket, *details;
     int method, rest, survivors, threshold, overwrite;
     int precision, recompute;
     double examples, ticket_examples, rounds, batch, micro, seed;
@@ -1976,6 +2237,7 @@ static const Option table[] = {
     { "out", TEXT, &opt.out, "FOLDER", "out", "for the table, the settings and the ticket" },
     { "method", CHOICE, &opt.method, "rigsa|full|eval", "rigsa", "gated sparse adapter, full fine-tuning, or only evaluate" },
     { "ticket", TEXT, &opt.ticket, "FILE", "", "with --method eval: the base with this adapter" },
+    { "details", TEXT, &opt.details, "FILE", "", "what the model makes of every question of every evaluation, as JSON lines" },
     { "examples", COUNT, &opt.examples, "0 to 1e12", "12800", "examples of a pass, 0: all of them once" },
     { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000", "of the last pass, which trains the ticket" },
     { "rounds", COUNT, &opt.rounds, "0 to 100", "5", "rounds of training and pruning before the last pass" },
@@ -2139,6 +2401,7 @@ typedef struct {
     int terminal, forecast;
     char *settings;                     // one `name value` a line
     FILE *losses;                       // loss.csv: the loss of every update
+    FILE *details;                      // JSON lines, or NULL
 } Run;
 
 static const char *duration(double s, char text[32])
@@ -2177,17 +2440,29 @@ static void progress(Run *run, const char *what, double part, double loss, doubl
 
 static void clear_line(const Run *run) { if (run->terminal) printf("\r\033[K"); }
 
-static Score evaluate(Run *run, const Data *data)
+static Score evaluate(Run *run, const char *label, const Data *data)
 {
     double work = forward_work(&run->model, mean_length(data)), last = seconds();
+    Slot slot[SLOTS] = { 0 };
+    size_t next = 0;
+    uint32_t *token = integers(data->metric == NUMBER ? SLOTS * data->longest : 0);
+    char *text = allocate(data->limit * data->longest_piece + 1, 1);
+    for (int s = 0; s < SLOTS; s++) slot[s].token = token + s * data->longest;
     for (size_t e = 0; e < data->examples; ) {
-        size_t n = judge(&run->model, run->verdict, &run->batch, data, e);
-        run->done += work * (double)run->batch.all.n;
+        size_t n = data->metric == NUMBER
+            ? generate(&run->model, run->verdict, &run->batch, data, slot, &next, text, run->details, label)
+            : judge(&run->model, run->verdict, &run->batch, data, e);
+        for (size_t j = e; j < e + n && data->metric != NUMBER; j++)
+            print_details(run->details, label, data, j, &run->verdict[j], NULL, NULL);
         e += n;
+        run->done += work * (double)run->batch.all.n;
         if (seconds() - last < 0.2) continue;
         progress(run, data->column, (double)e / (double)data->examples, -1, 0);
         last = seconds();
     }
+    free(token);
+    free(text);
+    if (run->details && fflush(run->details)) die("%s: cannot be written: %s", opt.details, strerror(errno));
     return score_verdicts(run->verdict, data);
 }
 
@@ -2209,8 +2484,8 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
     for (size_t i = 0; i < count; i++) answers += data->length[example[i]] - data->answer[example[i]];
     model_zero_grad(&run->model);
     for (size_t i = 0; i < count; ) {
-        batch_clear(&run->batch);
-        for (size_t end = min_size(count, i + (size_t)opt.micro); i < end; i++) batch_add(&run->batch, data, example[i]);
+        batch_clear(&run->batch, 0);
+        for (size_t end = min_size(count, i + (size_t)opt.micro); i < end; i++) batch_add(&run->batch, data, example[i], 0, 0);
         model_forward(&run->model, &run->batch);
         loss += head_forward_backward(&run->model, &run->batch, 1, 1.0f / (float)answers);
         model_backward(&run->model, &run->batch);
@@ -2300,7 +2575,7 @@ static Row *add_row(Run *run, const char *label, double density)
     Row *row = &run->row[run->rows++];
     *row = (Row){ .density = density, .kept = NAN, .flipped = NAN };
     snprintf(row->label, sizeof row->label, "%s", label);
-    for (size_t i = 0; i < run->evals; i++) row->score[i] = evaluate(run, &run->eval[i]);
+    for (size_t i = 0; i < run->evals; i++) row->score[i] = evaluate(run, label, &run->eval[i]);
     row->seconds = seconds() - run->start;
     clear_line(run);
     return row;
@@ -2377,6 +2652,9 @@ static void load_data(Run *run)
         largest = max_size(largest, eval->examples);
     }
     run->verdict = allocate(largest, sizeof(Verdict));
+    if (!*opt.details) return;
+    run->details = fopen(opt.details, opt.overwrite ? "w" : "wx");
+    if (!run->details) die("%s: cannot be written: %s (--overwrite replaces it)", opt.details, strerror(errno));
 }
 
 // What the run needs, printed before any of it is allocated; then allocated. Also counts the run's operations.
@@ -2385,22 +2663,27 @@ static void plan(Run *run)
     Model *model = &run->model;
     const Config *c = &model->config;
     int training = opt.method != METHOD_EVAL;
+    double eval_work = 0;
     size_t weights = 0, adapted = 0, T = run->data.longest, M = run->data.longest_answer * (size_t)opt.micro;
     size_t N = run->data.longest * (size_t)opt.micro;
     for (size_t i = 0; i < model->base_tensors; i++) {
         weights += model->tensors[i].n;
         if (model->tensors[i].adapter >= 0) adapted += model->tensors[i].n;
     }
-    if (!training) N = 2048, M = 512;
-    for (size_t i = 0; i < run->evals; i++) {
-        T = max_size(T, run->eval[i].longest);
-        N = max_size(N, run->eval[i].longest);
-        M = max_size(M, run->eval[i].longest_answer);
+    int past = 0;
+    if (!training) N = 2048;
+    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++) {
+        past |= eval->metric == NUMBER;
+        T = max_size(T, eval->longest);
+        N = max_size(N, eval->metric == NUMBER ? 0 : eval->longest);
+        M = max_size(M, eval->metric == NUMBER ? SLOTS : min_size(N, N * eval->longest_answer * eval->examples / eval->tokens));
+        eval_work += forward_work(model, mean_length(eval)) * (double)eval->rows;
     }
+    size_t K = run->evals ? max_size(4 * N, past ? SLOTS * T : 0) : 0;
     if (T > c->context) printf("note: sequences of %zu tokens, the base was made for %u\n", T, c->context);
     size_t trained = opt.method == METHOD_FULL ? weights : opt.method == METHOD_RIGSA ? adapted + matrices(model) : 0;
     model->acts.recompute = opt.recompute;
-    size_t acts = acts_alloc(model, N, T, M, training, 0);
+    size_t acts = acts_alloc(model, N, T, M, K, past, training, 0);
     size_t halved = precision == BF16 && opt.method != METHOD_FULL ? adapted / 2 : 0;
     size_t bytes[] = { weights - halved, opt.method == METHOD_RIGSA ? trained : 0, trained, 2 * trained, acts, largest_matrix(model) };
     const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch" };
@@ -2411,7 +2694,7 @@ static void plan(Run *run)
         if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
     printf(" together %.1f MB\n", total);
 
-    double pass_work = 0, eval_work = 0, density = 1, mean = mean_length(&run->data);
+    double pass_work = 0, density = 1, mean = mean_length(&run->data);
     if (opt.examples == 0) opt.examples = (double)run->data.examples;
     if (opt.ticket_examples == 0) opt.ticket_examples = (double)run->data.examples;
     run->passes = opt.method == METHOD_RIGSA ? (size_t)opt.rounds + 1 : opt.method == METHOD_FULL;
@@ -2419,16 +2702,14 @@ static void plan(Run *run)
         double examples = opt.method == METHOD_RIGSA && p == run->passes ? opt.ticket_examples : opt.examples;
         pass_work += (forward_work(model, mean) + backward_work(model, mean, density)) * mean * examples;
     }
-    for (size_t i = 0; i < run->evals; i++)
-        eval_work += forward_work(model, mean_length(&run->eval[i])) * (double)run->eval[i].tokens;
     run->work = pass_work + eval_work * (double)(run->passes + 1);
     printf("work     %.3g TFLOP in %zu passes and %zu evaluations, on %d threads\n",
            1e-12 * run->work, run->passes, run->passes + 1, omp_get_max_threads());
 #ifndef _OPENMP
     printf("note: built without OpenMP: one thread, and all loops slower\n");
 #endif
-    acts_alloc(model, N, T, M, training, 1);
-    run->batch = batch_alloc(N, M);
+    acts_alloc(model, N, T, M, K, past, training, 1);
+    run->batch = batch_alloc(N, M, K);
     run->row = allocate(run->passes + 1, sizeof(Row));
 }
 
@@ -2498,7 +2779,7 @@ static void run_whole(Run *run, int argc, char **argv)
     fputs(run->settings, stdout);
     plan(run);
     base_read(model, &base, opt.method == METHOD_FULL);
-    if (*opt.ticket) ticket_load(model, opt.ticket);
+    if (*opt.ticket) ticket_load(model, opt.ticket), merge(model);
     print_heading(run);
     print_row(run, add_row(run, *opt.ticket ? "ticket" : "base", NAN));
     if (opt.method == METHOD_RIGSA) run_rigsa(run);
