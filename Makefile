@@ -26,6 +26,13 @@ train_rigsa: train_rigsa.c
 test_rigsa: test_rigsa.c train_rigsa.c
 	$(CC) $(CFLAGS) $(STRICT) $(OPENMP) -o $@ $< $(LDLIBS)
 
+# the methods that RIGSA is compared with (doc/baselines.md)
+train_baselines: dev/baselines.c train_rigsa.c
+	$(CC) $(CFLAGS) $(STRICT) $(OPENMP) -o $@ $< $(LDLIBS)
+
+dump_baselines: dev/dump_baselines.c dev/baselines.c train_rigsa.c
+	$(CC) $(CFLAGS) $(STRICT) $(OPENMP) -o $@ $< $(LDLIBS)
+
 # STORIES=stories260K.bin, with tok512.bin beside it: llama2.c's small model must tell its story
 test: test_rigsa
 ifdef STORIES
@@ -54,6 +61,6 @@ debug: CFLAGS = -O0 -g3 -fsanitize=address,undefined -fno-omit-frame-pointer
 debug: clean train_rigsa
 
 clean:
-	rm -f train_rigsa test_rigsa dev/bench_kernels dev/bench_step stories.bin
+	rm -f train_rigsa test_rigsa train_baselines dump_baselines dev/bench_kernels dev/bench_step stories.bin
 
 .PHONY: test test-all bench nano debug clean

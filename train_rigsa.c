@@ -2228,6 +2228,11 @@ typedef struct {
     const char *help;
 } Option;
 
+#ifndef METHODS                 // dev/baselines.c includes this file and brings more methods, with options of their own
+#define METHODS "rigsa|full|eval"
+#define MORE_OPTIONS
+#endif
+
 #define NANO "dev/nano/"
 static const Option table[] = {
     { "base", TEXT, &opt.base, "FILE", NANO "base.bin", "the pretrained model" },
@@ -2235,7 +2240,7 @@ static const Option table[] = {
     { "eval", LIST, opt.evals, "FILE", NANO "digits_test.bin " NANO "addition.bin " NANO "sizes.bin " NANO "packing.bin",
       "evaluation set; repeatable: the first is the target, the others what must not be forgotten" },
     { "out", TEXT, &opt.out, "FOLDER", "out", "for the table, the settings and the ticket" },
-    { "method", CHOICE, &opt.method, "rigsa|full|eval", "rigsa", "gated sparse adapter, full fine-tuning, or only evaluate" },
+    { "method", CHOICE, &opt.method, METHODS, "rigsa", "gated sparse adapter, full fine-tuning, or only evaluate" },
     { "ticket", TEXT, &opt.ticket, "FILE", "", "with --method eval: the base with this adapter" },
     { "details", TEXT, &opt.details, "FILE", "", "what the model makes of every question of every evaluation, as JSON lines" },
     { "examples", COUNT, &opt.examples, "0 to 1e12", "12800", "examples of a pass, 0: all of them once" },
@@ -2257,6 +2262,7 @@ static const Option table[] = {
     { "threshold", CHOICE, &opt.threshold, "matrix|all", "matrix", "compare magnitudes within each matrix, or over all" },
     { "seed", COUNT, &opt.seed, "0 to 9e15", "1", "of DeltaW and of the order of the data" },
     { "overwrite", FLAG, &opt.overwrite, "", "", "replace the run that the output folder holds" },
+    MORE_OPTIONS
 };
 enum { OPTIONS = sizeof table / sizeof *table };
 static int given[OPTIONS];                  // how often the user named it
@@ -2681,11 +2687,14 @@ static void plan(Run *run)
     }
     size_t K = run->evals ? max_size(4 * N, past ? SLOTS * T : 0) : 0;
     if (T > c->context) printf("note: sequences of %zu tokens, the base was made for %u\n", T, c->context);
-    size_t trained = opt.method == METHOD_FULL ? weights : opt.method == METHOD_RIGSA ? adapted + matrices(model) : 0;
+    size_t adapter = 0;
+    if (training && opt.method != METHOD_FULL)
+        for (size_t i = model->base_tensors; i < model->all_tensors; i++) adapter += model->tensors[i].n;
+    size_t trained = opt.method == METHOD_FULL ? weights : adapter;
     model->acts.recompute = opt.recompute;
     size_t acts = acts_alloc(model, N, T, M, K, past, training, 0);
     size_t halved = precision == BF16 && opt.method != METHOD_FULL ? adapted / 2 : 0;
-    size_t bytes[] = { weights - halved, opt.method == METHOD_RIGSA ? trained : 0, trained, 2 * trained, acts, largest_matrix(model) };
+    size_t bytes[] = { weights - halved, adapter, trained, 2 * trained, acts, largest_matrix(model) };
     const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch" };
     double total = 0;
     printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
@@ -2697,9 +2706,10 @@ static void plan(Run *run)
     double pass_work = 0, density = 1, mean = mean_length(&run->data);
     if (opt.examples == 0) opt.examples = (double)run->data.examples;
     if (opt.ticket_examples == 0) opt.ticket_examples = (double)run->data.examples;
-    run->passes = opt.method == METHOD_RIGSA ? (size_t)opt.rounds + 1 : opt.method == METHOD_FULL;
+    if (opt.method == METHOD_RIGSA) run->passes = (size_t)opt.rounds + 1;
+    if (opt.method == METHOD_FULL) run->passes = 1;
     for (size_t p = 1; p <= run->passes; p++, density *= 0.5) {
-        double examples = opt.method == METHOD_RIGSA && p == run->passes ? opt.ticket_examples : opt.examples;
+        double examples = opt.method != METHOD_FULL && p == run->passes ? opt.ticket_examples : opt.examples;
         pass_work += (forward_work(model, mean) + backward_work(model, mean, density)) * mean * examples;
     }
     run->work = pass_work + eval_work * (double)(run->passes + 1);
@@ -2765,6 +2775,8 @@ static void run_full(Run *run)
     base_save(model, path);
 }
 
+static void (*prepare_more)(Run *run), (*run_more)(Run *run);       // what dev/baselines.c does before the plan, and after RIGSA
+
 // From the command line to the ticket.
 static void run_whole(Run *run, int argc, char **argv)
 {
@@ -2774,6 +2786,7 @@ static void run_whole(Run *run, int argc, char **argv)
     run->terminal = isatty(1);
     File base = base_open(model, opt.base);
     load_data(run);
+    if (prepare_more) prepare_more(run);
     run->settings = settings_text();
     if (opt.method != METHOD_EVAL) prepare_folder(run);
     fputs(run->settings, stdout);
@@ -2784,6 +2797,7 @@ static void run_whole(Run *run, int argc, char **argv)
     print_row(run, add_row(run, *opt.ticket ? "ticket" : "base", NAN));
     if (opt.method == METHOD_RIGSA) run_rigsa(run);
     if (opt.method == METHOD_FULL) run_full(run);
+    if (run_more) run_more(run);
     if (run->passes > 1) {
         print_heading(run);
         for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);

@@ -1,0 +1,542 @@
+// SPDX-License-Identifier: MIT
+//
+// baselines.c: the methods that RIGSA is compared with, on the trainer's own code path. Model, data, loss, AdamW, schedule, clipping
+// and evaluation are train_rigsa.c's; here are only the two functions of each adapter, the rows of its tensors, and its mask.
+//
+//     make train_baselines && ./train_baselines --method lora
+//
+//     --method   the matrix that is used                  trained                          mask
+//     lora       W0 + s B A,  s = lora-alpha / rank       A (r, I), B (O, r)               -
+//                with --base-type nf4: QLoRA, nf4(W0) in place of W0
+//     random     W0 + mask . DeltaW, DeltaW from zero     DeltaW where the mask is 1       random, a fixed number per matrix
+//                with --init gated: RIGSA's adapter, W0 + alpha * (mask . DeltaW), DeltaW random
+//     ltsft      W0 + mask . DeltaW                       first all of DeltaW, then the    the largest |DeltaW| of the first
+//                                                         masked entries, from zero        pass, over all matrices
+//     rosa       W0 + mask . DeltaW + s B A               A, B, DeltaW                     the largest dW^2 after 64 updates
+//                                                                                          of A and B alone, per matrix
+//     dense      W0 + DeltaW                              DeltaW, decaying to W0           full
+//
+// Where each rule comes from, and the proofs that it is what its origin does: doc/baselines.md, dev/test_baselines.py.
+
+#define METHODS "rigsa|full|eval|lora|random|ltsft|rosa|dense"
+enum { INIT_ZERO, INIT_GATED };
+enum { BASE_FP32, BASE_NF4 };
+static struct {
+    char *lora;
+    int init, base_type;
+    double density, rank, lora_alpha, lora_lr, mask_after;
+} more;                                     // options, beside the trainer's
+#define MORE_OPTIONS \
+    { "density", REAL, &more.density, "0 to 1", "0.0346", "share of the entries in the mask (random, ltsft, rosa)" }, \
+    { "init", CHOICE, &more.init, "zero|gated", "zero", "random: DeltaW from zero, or random behind RIGSA's gate" }, \
+    { "rank", COUNT, &more.rank, "0 to 65536", "0", "of B A (lora, rosa); 0: as many values as --density has, nearly" }, \
+    { "lora-alpha", REAL, &more.lora_alpha, "0 to 1e6", "0", "B A counts lora-alpha / rank times; 0: once" }, \
+    { "lora-lr", REAL, &more.lora_lr, "0 to 10", "0", "learning rate of A and B; 0: --lr" }, \
+    { "lora", TEXT, &more.lora, "FILE", "", "lora, eval: start from this adapter" }, \
+    { "base-type", CHOICE, &more.base_type, "fp32|nf4", "fp32", "lora, eval: W0 as it is, or in 4.127 bits (QLoRA)" }, \
+    { "mask-after", COUNT, &more.mask_after, "0 to 1e9", "64", "rosa: updates of A and B before the mask is chosen" },
+#include "../train_rigsa.c"
+
+enum { METHOD_LORA = METHOD_EVAL + 1, METHOD_RANDOM, METHOD_LTSFT, METHOD_ROSA, METHOD_DENSE };
+enum { STREAM_MASK = 100, STREAM_LORA };    // of random numbers, after the trainer's
+
+// ---------------------------------------------------------------------------------------------------------------------
+// NF4 with double quantization (Dettmers et al. 2023), byte for byte as bitsandbytes has it on a CPU
+//
+// 64 weights share a scale, their largest magnitude; each is stored as the nearest of 16 levels, quantiles of a normal
+// distribution. Scales are stored in 8 bits: less their mean, in blocks of 256 that share a scale of their own, on a map that is
+// fine near zero. 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight.
+
+enum { NF4_BLOCK = 64, SCALE_BLOCK = 256 };
+
+static const float NF4_LEVEL[16] = {
+    -1, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1 };
+
+typedef struct {                            // one matrix
+    uint8_t *code;                          // (n / 2) two weights a byte, the first in the upper half
+    uint8_t *scale;                         // (blocks of 64) places on the map
+    float *scale_scale;                     // (blocks of 64 * 256)
+    float mean;                             // of the scales
+} Nf4;
+
+static Nf4 *nf4;                            // of each adapted matrix; NULL: the base is fp32
+static float scale_map[256];
+
+static size_t blocks_of(size_t n, size_t block) { return (n + block - 1) / block; }
+
+// The dynamic map: 2^e evenly spaced values of order 10^(e - 6), e = 0..6, of either sign, and 0 and 1. The middles of 2^e equal
+// parts of [0.1, 1], whose ends are counted from the nearer side.
+static void fill_scale_map(void)
+{
+    float *positive = &scale_map[128];
+    for (int e = 0; e < 7; e++) {
+        int parts = 1 << e;
+        float step = (1.0f - 0.1f) / (float)parts, order = (float)pow(10, e - 6), low = 0.1f;
+        for (int i = 1; i <= parts; i++) {
+            float high = 2 * i < parts + 1 ? 0.1f + step * (float)i : 1.0f - step * (float)(parts - i);
+            *positive++ = order * ((low + high) / 2);
+            low = high;
+        }
+    }
+    for (int i = 0; i < 127; i++) scale_map[126 - i] = -scale_map[128 + i];
+    scale_map[127] = 0;
+    scale_map[255] = 1;
+}
+
+static float largest_magnitude(const float *x, size_t n)
+{
+    float largest = 0;
+    for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
+    return largest;
+}
+
+// The level nearest to x; in the middle between two, the lower.
+static uint8_t nf4_nearest(float x)
+{
+    uint8_t code = 0;
+    for (int i = 0; i < 15; i++) code += x > (NF4_LEVEL[i] + NF4_LEVEL[i + 1]) / 2;
+    return code;
+}
+
+static uint8_t scale_nearest(float x)
+{
+    int low = 0, high = 256;                // scale_map[low] <= x < scale_map[high]
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (scale_map[middle] <= x) low = middle;
+        else high = middle;
+    }
+    return (uint8_t)(low + (low < 255 && fabsf(x - scale_map[low + 1]) < fabsf(x - scale_map[low])));
+}
+
+static Nf4 nf4_quantize(const float *w, size_t n)
+{
+    size_t blocks = blocks_of(n, NF4_BLOCK), groups = blocks_of(blocks, SCALE_BLOCK);
+    Nf4 q = { allocate((n + 1) / 2, 1), allocate(blocks, 1), floats(groups), 0 };
+    float *scale = floats(blocks);
+    double sum = 0;
+    if (scale_map[255] == 0) fill_scale_map();
+    #pragma omp parallel for
+    for (size_t b = 0; b < blocks; b++) {
+        size_t first = b * NF4_BLOCK, end = min_size(n, first + NF4_BLOCK);
+        scale[b] = largest_magnitude(w + first, end - first);
+        float inverse = 1.0f / fmaxf(scale[b], 1e-38f);
+        for (size_t i = first; i < end; i++) {          // a last block that is not full divides, where others multiply
+            uint8_t code = nf4_nearest(end - first == NF4_BLOCK ? w[i] * inverse : w[i] / fmaxf(scale[b], 1e-38f));
+            q.code[i / 2] |= (uint8_t)(i % 2 ? code : code << 4);
+        }
+    }
+    if (n % 2) q.code[n / 2] |= nf4_nearest(0);
+    for (size_t b = 0; b < blocks; b++) sum += scale[b];
+    q.mean = (float)(sum / (double)blocks);
+    for (size_t b = 0; b < blocks; b++) scale[b] -= q.mean;
+    for (size_t g = 0; g < groups; g++) {
+        size_t first = g * SCALE_BLOCK, end = min_size(blocks, first + SCALE_BLOCK);
+        q.scale_scale[g] = largest_magnitude(scale + first, end - first);
+        for (size_t b = first; b < end; b++) q.scale[b] = scale_nearest(scale[b] / q.scale_scale[g]);
+    }
+    free(scale);
+    return q;
+}
+
+// w (n) = what the codes stand for.
+static void nf4_expand(float *w, const Nf4 *q, size_t n)
+{
+    #pragma omp parallel for
+    for (size_t b = 0; b < blocks_of(n, NF4_BLOCK); b++) {
+        float scale = scale_map[q->scale[b]] * q->scale_scale[b / SCALE_BLOCK] + q->mean;
+        for (size_t i = b * NF4_BLOCK; i < min_size(n, (b + 1) * NF4_BLOCK); i++)
+            w[i] = NF4_LEVEL[q->code[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale;
+    }
+}
+
+// The matrices of the base become codes, and their fp32 values are gone; embeddings and norms stay.
+static void quantize_base(Model *model)
+{
+    Tensor *first = model->tensors, *end = first + model->base_tensors;
+    size_t n = 0, at = 0;
+    nf4 = allocate(matrices(model), sizeof(Nf4));
+    for (Tensor *t = first; t < end; t++) {
+        if (t->adapter < 0) { n += t->n; continue; }
+        nf4[t->adapter] = nf4_quantize(t->value, t->n);
+        t->value = NULL;
+    }
+    float *rest = floats(n);
+    for (Tensor *t = first; t < end; t++) {
+        if (!t->value) continue;
+        t->value = memcpy(rest + at, t->value, t->n * sizeof(float));
+        at += t->n;
+    }
+    free(model->base_arena);
+    model->base_arena = rest;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Adapters
+//
+// A and B are kept with the rank first, A (r, I) and B^T (r, O): the products that make and differentiate them then have r rows
+// and many columns, which is what fills matmul's tiles. dW itself, (O, I), is never formed:
+//
+//     dB^T (r, O) += s (A x^T) dy          dA (r, I) += s (B^T dy^T) x
+
+static float *thin;                         // (2, r, N), or (r, O): products with A and B on their way
+
+// The rows of A and B^T of adapted matrix a are the last ones of the table.
+static Tensor *lora_tensor(Model *model, size_t a) { return &model->tensors[model->all_tensors - 2 * (matrices(model) - a)]; }
+
+static float lora_scale(void) { return more.lora_alpha > 0 ? (float)(more.lora_alpha / more.rank) : 1.0f; }
+
+static void scale_values(float *to, const float *from, float s, size_t n)
+{
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) to[i] = s * from[i];
+}
+
+// W += s B A, W in model->scratch.
+static const float *lora_add(Model *model, Tensor *t)
+{
+    const Tensor *A = lora_tensor(model, (size_t)t->adapter), *B = A + 1;
+    scale_values(thin, B->value, lora_scale(), B->n);
+    matmul(model->scratch, t->cols, thin, 1, t->rows, A->value, t->cols, 1, t->rows, t->cols, A->rows, 1);
+    return model->scratch;
+}
+
+static const float *lora_weight(Model *model, Tensor *t)
+{
+    if (nf4) nf4_expand(model->scratch, &nf4[t->adapter], t->n);
+    else scale_values(model->scratch, t->value, 1, t->n);
+    return lora_add(model, t);
+}
+
+static void lora_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
+{
+    Tensor *A = lora_tensor(model, (size_t)t->adapter), *B = A + 1;
+    size_t r = A->rows, I = t->cols, O = t->rows;
+    float *ax = thin, *bdy = thin + r * N;
+    matmul(ax, N, A->value, I, 1, x, 1, I, r, N, I, 0);                 // A x^T  (r, N)
+    matmul(bdy, N, B->value, O, 1, dy, 1, O, r, N, O, 0);               // B^T dy^T  (r, N)
+    scale_values(thin, thin, lora_scale(), 2 * r * N);
+    matmul(B->grad, O, ax, N, 1, dy, O, 1, r, O, N, 1);
+    matmul(A->grad, I, bdy, N, 1, x, I, 1, r, I, N, 1);
+}
+
+static const Adapter LORA = { lora_weight, lora_gradient };
+
+static const float *nf4_weight(Model *model, Tensor *t)
+{
+    nf4_expand(model->scratch, &nf4[t->adapter], t->n);
+    return model->scratch;
+}
+
+static const Adapter NF4 = { nf4_weight, plain_gradient };
+
+// W = W0 + mask . DeltaW is RIGSA's with the gate at 1:     dDeltaW += mask . dW, and the gate has no gradient.
+static void sparse_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
+{
+    Tensor *delta = delta_tensor(model, (size_t)t->adapter);
+    if (!delta->index) {
+        matmul(delta->grad, t->cols, dy, 1, t->rows, x, t->cols, 1, t->rows, t->cols, N, 1);
+        return;
+    }
+    sampled_product(model->scratch, delta, x, dy, model->acts.transposed, N);
+    for (size_t k = 0; k < delta->n; k++) delta->grad[k] += model->scratch[k];
+}
+
+static const Adapter SPARSE = { rigsa_weight, sparse_gradient };
+
+static const float *rosa_weight(Model *model, Tensor *t)
+{
+    rigsa_weight(model, t);
+    return lora_add(model, t);
+}
+
+static void rosa_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
+{
+    sparse_gradient(model, t, x, dy, N);
+    lora_gradient(model, t, x, dy, N);
+}
+
+static const Adapter ROSA = { rosa_weight, rosa_gradient };
+
+// What RoSA's mask is chosen by: dW^2 of every entry, summed over the forward passes of one update.
+static float *squares;                      // (all entries) of all matrices, end to end
+
+static void squares_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
+{
+    float *dw = model->scratch, *sum = squares;
+    for (const Tensor *before = model->tensors; before < t; before++) if (before->adapter >= 0) sum += before->n;
+    matmul(dw, t->cols, dy, 1, t->rows, x, t->cols, 1, t->rows, t->cols, N, 0);
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < t->n; i++) sum[i] += dw[i] * dw[i];
+}
+
+static const Adapter SQUARES = { lora_weight, squares_gradient };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Masks: floor(density * entries) of them, of each matrix or of all together
+
+static size_t matrix_size(Model *model, size_t a) { return delta_tensor(model, a)->rows * delta_tensor(model, a)->cols; }
+
+static size_t all_entries(const Model *model)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < model->base_tensors; i++) if (model->tensors[i].adapter >= 0) n += model->tensors[i].n;
+    return n;
+}
+
+static size_t share(double density, size_t n) { return (size_t)floor(density * (double)n); }
+
+// The entries of matrix a that its mask keeps: they are the next n of the index arena.
+static size_t set_index(Model *model, size_t a, size_t from, size_t n)
+{
+    delta_tensor(model, a)->index = model->index_arena + from;
+    delta_tensor(model, a)->n = n;
+    return from + n;
+}
+
+// Each subset of share(density) entries is equally likely (selection sampling: Knuth, TAOCP 3.4.2, algorithm S): entry i is chosen
+// with probability (still needed) / (still to come).
+static void mask_random(Model *model, double density)
+{
+    size_t at = 0;
+    free(model->index_arena);
+    model->index_arena = integers(all_entries(model));
+    for (size_t a = 0; a < matrices(model); a++) {
+        size_t size = matrix_size(model, a), wanted = share(density, size), n = 0;
+        uint64_t key = random_key(model->seed, STREAM_MASK, a, 0);
+        for (size_t i = 0; i < size; i++)
+            if ((double)(mix(key + i * GOLDEN) >> 11) * 0x1p-53 * (double)(size - i) < (double)(wanted - n))
+                model->index_arena[at + n++] = (uint32_t)i;
+        at = set_index(model, a, at, n);
+    }
+}
+
+// The entries with the largest scores; ties to the lower index. `score` is of all matrices, end to end.
+static void mask_largest(Model *model, const float *score, double density, Threshold over)
+{
+    size_t all = all_entries(model), at = 0;
+    float *copy = memcpy(floats(all), score, all * sizeof(float));      // cut_magnitudes reorders it
+    Cut cut = { 0 };
+    free(model->index_arena);
+    model->index_arena = integers(share(density, all));
+    if (over == THRESHOLD_ALL) cut = cut_magnitudes(copy, all, (double)share(density, all) / (double)all);
+    for (size_t a = 0; a < matrices(model); a++) {
+        size_t size = matrix_size(model, a), n = 0;
+        if (over == THRESHOLD_MATRIX) cut = cut_magnitudes(copy, size, (double)share(density, size) / (double)size);
+        for (size_t i = 0; i < size; i++) {
+            if (!(score[i] > cut.threshold || (score[i] == cut.threshold && cut.ties > 0))) continue;
+            if (score[i] == cut.threshold) cut.ties--;
+            model->index_arena[at + n++] = (uint32_t)i;
+        }
+        at = set_index(model, a, at, n);
+        score += size, copy += size;
+    }
+    free(copy - all);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Files: the `lora` kind (doc/model.md)
+
+typedef struct { uint32_t rank; float alpha; } LoraShape;
+
+static void lora_save(Model *model, const char *path, const char *settings)
+{
+    const Tensor *first = lora_tensor(model, 0), *end = model->tensors + model->all_tensors;
+    LoraShape shape = { (uint32_t)more.rank, lora_scale() * (float)more.rank };
+    char base[8 + sizeof model->name];
+    size_t n = 0;
+    memcpy(base, &model->hash, 8);
+    memcpy(base + 8, model->name, sizeof model->name);
+    for (const Tensor *t = first; t < end; t++) n += t->n;
+    file_write(path, "lora", (Section[]){
+        { "base", base, 8 + strlen(model->name) },
+        { "settings", settings, strlen(settings) },
+        { "shape", &shape, sizeof shape },
+        { "values", first->value, n * sizeof(float) } }, 4);
+}
+
+static LoraShape lora_shape(const char *path)
+{
+    File file = file_open(path, "lora");
+    LoraShape shape = *(const LoraShape *)needed(&file, "shape", 1, sizeof shape);
+    if (shape.rank < 1 || shape.rank > 65536 || !(shape.alpha > 0)) die("%s: rank %u, alpha %g", path, shape.rank, shape.alpha);
+    file_close(&file);
+    return shape;
+}
+
+static void lora_load(Model *model, const char *path)
+{
+    File file = file_open(path, "lora");
+    const Tensor *first = lora_tensor(model, 0), *end = model->tensors + model->all_tensors;
+    size_t length, n = 0;
+    const char *base = section(&file, "base", &length);
+    if (!base || length < 8 || memcmp(base, &model->hash, 8))
+        die("%s: made for the base `%.*s`, not for `%s`", path, base && length > 8 ? (int)length - 8 : 0, base + 8, model->name);
+    for (const Tensor *t = first; t < end; t++) n += t->n;
+    memcpy(first->value, needed(&file, "values", n, sizeof(float)), n * sizeof(float));
+    file_close(&file);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The methods
+
+static int is_sparse(void) { return opt.method >= METHOD_RANDOM; }
+static int is_low_rank(void) { return opt.method == METHOD_LORA || opt.method == METHOD_ROSA || *more.lora; }
+
+// Before the plan counts the table: the rows of this method after those of the base. DeltaW and the gates if it is sparse, A and
+// B^T of every matrix if it has a rank.
+static void prepare_baseline(Run *run)
+{
+    Model *model = &run->model;
+    size_t all = all_entries(model), lora_rows = is_low_rank() ? 2 * matrices(model) : 0, both = 0;
+    Tensor *end = model->tensors + model->base_tensors;
+    model->seed = (uint64_t)opt.seed;
+    model->sigma = (float)opt.sigma;
+    if (more.base_type == BASE_NF4 && opt.method != METHOD_LORA && opt.method != METHOD_EVAL)
+        die("--base-type nf4 goes with --method lora or eval");
+    if (*more.lora && opt.method != METHOD_LORA && opt.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
+    if (opt.method <= METHOD_FULL) return;
+    if (opt.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_FP32) return;
+    if (!given[option_find("weight-decay")] && opt.method != METHOD_DENSE && more.init != INIT_GATED) opt.weight_decay = 0;
+    for (Tensor *t = model->tensors; t < end; t++) if (t->adapter >= 0) both += t->rows + t->cols;
+    if (*more.lora) more.rank = lora_shape(more.lora).rank, more.lora_alpha = lora_shape(more.lora).alpha;
+    if (more.rank == 0) more.rank = fmax(1, floor(more.density * (double)all / (double)both + 0.5));
+    run->passes = opt.method == METHOD_LTSFT ? 2 : 1;
+
+    size_t kept = is_sparse() ? model->all_tensors : model->base_tensors;
+    Tensor *tensors = allocate(kept + lora_rows, sizeof(Tensor)), *t = tensors + kept;
+    memcpy(tensors, model->tensors, kept * sizeof(Tensor));
+    for (Tensor *w = model->tensors; lora_rows && w < end; w++) {
+        if (w->adapter < 0) continue;
+        tensor_row(t++, (size_t)more.rank, w->cols, -1, "%.24s.A", w->name);
+        tensor_row(t++, (size_t)more.rank, w->rows, -1, "%.24s.B", w->name);
+    }
+    free(model->tensors);
+    model->tensors = tensors;
+    model->all_tensors = kept + lora_rows;
+    if (opt.method == METHOD_RANDOM) mask_random(model, more.density);
+    if (opt.method == METHOD_ROSA)
+        for (size_t a = 0; a < matrices(model); a++) delta_tensor(model, a)->n = share(more.density, matrix_size(model, a));
+}
+
+// Everything that is trained, at its start: DeltaW zero, behind gates that stay at 1 (or, gated, RIGSA's); B zero and
+// A ~ U(-1, 1) / sqrt(I), which is PEFT's kaiming_uniform_(a = sqrt(5)).
+static void start_trained(Model *model)
+{
+    Tensor *first = model->tensors + model->base_tensors, *end = model->tensors + model->all_tensors;
+    size_t n = 0, at = 0;
+    free(model->value_arena);
+    for (Tensor *t = first; t < end; t++) n += t->n;
+    model->value_arena = floats(n);
+    for (Tensor *t = first; t < end; at += t++->n) {
+        t->value = model->value_arena + at;
+        t->lr = (float)opt.lr;
+        t->decay = (float)opt.weight_decay;
+    }
+    trained_arenas(model, first, end);
+    if (is_sparse() && opt.method == METHOD_RANDOM && more.init == INIT_GATED) {
+        rewind_adapter(model);
+        gates_tensor(model)->lr = (float)opt.alpha_lr;
+        gates_tensor(model)->decay = 0;
+    } else if (is_sparse()) {
+        for (size_t a = 0; a < matrices(model); a++) gates_tensor(model)->value[a] = 1;
+        gates_tensor(model)->grad = NULL;
+    }
+    if (!is_low_rank()) return;
+    for (size_t a = 0; a < matrices(model); a++) {
+        Tensor *A = lora_tensor(model, a);
+        uint64_t key = random_key(model->seed, STREAM_LORA, a, 0);
+        float bound = 1 / sqrtf((float)A->cols);
+        for (size_t i = 0; i < A->n; i++)
+            A->value[i] = bound * ((float)(mix(key + i * GOLDEN) >> 40) * 0x1p-23f + 0x1p-24f - 1);
+        A[0].lr = A[1].lr = (float)(more.lora_lr > 0 ? more.lora_lr : opt.lr);
+    }
+    if (*more.lora) lora_load(model, more.lora);
+}
+
+// After the base has been read.
+static void start_baseline(Model *model)
+{
+    size_t rows = 2 * model->acts.N;
+    if (more.base_type == BASE_NF4) quantize_base(model);
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) if (t->adapter >= 0) rows = max_size(rows, t->rows);
+    if (is_low_rank()) thin = floats((size_t)more.rank * rows);
+    start_trained(model);
+}
+
+// One pass, and its row in the table; there, density is the share of trained values.
+static void train_row(Run *run, const char *label, size_t pass, double examples)
+{
+    Model *model = &run->model;
+    size_t n = 0;
+    for (Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) if (t->grad) n += t->n;
+    double density = (double)n / (double)all_entries(model);
+    train_pass(run, label, pass, (size_t)examples, density);
+    print_row(run, add_row(run, label, density));
+    save_table(run);
+}
+
+// LT-SFT (Ansell et al. 2022): train everything, keep the entries that moved furthest, and start them again.
+static void ltsft_mask(Run *run)
+{
+    Model *model = &run->model;
+    train_row(run, "dense", 1, opt.examples);
+    for (size_t a = 0; a < matrices(model); a++) {
+        Tensor *delta = delta_tensor(model, a);                             // gradients are done with: scores take their place
+        for (size_t i = 0; i < delta->n; i++) delta->grad[i] = fabsf(delta->value[i]);
+    }
+    mask_largest(model, delta_tensor(model, 0)->grad, more.density, THRESHOLD_ALL);
+}
+
+// RoSA (Nikdan et al. 2024): the first updates of the pass with A and B alone, then the squares of one update's gradients.
+static void rosa_mask(Run *run)
+{
+    Model *model = &run->model;
+    size_t batch = (size_t)opt.batch, count = (size_t)opt.ticket_examples, steps = (size_t)more.mask_after;
+    if ((steps + 1) * batch > count) die("--mask-after %zu: the last pass has fewer updates", steps);
+    uint32_t *order = visit_order(&run->data, count, model->seed, 1);
+    model->adapter = LORA;
+    for (size_t t = 1; t <= steps; t++) {
+        double loss = loss_and_gradient(run, order + (t - 1) * batch, batch);
+        fprintf(run->losses, "low-rank,%zu,%.6f\n", t, loss);
+        model_update(model, t, schedule(t, (count + batch - 1) / batch, opt.warmup, opt.cooldown));
+    }
+    squares = floats(all_entries(model));
+    model->adapter = SQUARES;
+    loss_and_gradient(run, order + steps * batch, batch);
+    mask_largest(model, squares, more.density, THRESHOLD_MATRIX);
+    free(squares);
+    free(order);
+}
+
+static void run_baseline(Run *run)
+{
+    static const char *const LABEL[] = { "rigsa", "full", "adapter", "lora", "random", "ltsft", "rosa", "dense" };
+    Model *model = &run->model;
+    char path[PATH_MAX];
+    if (opt.method <= METHOD_FULL || run->passes == 0) return;              // the trainer's own
+    start_baseline(model);
+    model->adapter = nf4 && !is_low_rank() ? NF4 : LORA;
+    if (opt.method == METHOD_EVAL) {
+        print_row(run, add_row(run, LABEL[opt.method], NAN));
+        return;
+    }
+    if (is_sparse()) model->adapter = more.init == INIT_GATED ? RIGSA : SPARSE;
+    if (opt.method == METHOD_LTSFT) ltsft_mask(run);
+    if (opt.method == METHOD_ROSA) rosa_mask(run);
+    if (opt.method == METHOD_LTSFT || opt.method == METHOD_ROSA) start_trained(model);
+    if (opt.method == METHOD_ROSA) model->adapter = ROSA;
+    train_row(run, LABEL[opt.method], run->passes, opt.ticket_examples);
+    if (is_sparse()) {
+        snprintf(path, sizeof path, "%s/ticket.bin", opt.out);
+        ticket_save(model, path, run->settings);
+    }
+    if (is_low_rank()) {
+        snprintf(path, sizeof path, "%s/lora.bin", opt.out);
+        lora_save(model, path, run->settings);
+    }
+}
+
+static void (*prepare_more)(Run *run) = prepare_baseline, (*run_more)(Run *run) = run_baseline;
