@@ -1,0 +1,111 @@
+"""
+Takes the LoRA of a rigsa.c base to PEFT and back (huggingface/peft: adapter_config.json, adapter_model.safetensors).
+
+    python dev/peft_files.py export out/lora.bin base.bin FOLDER       a folder for peft.PeftModel.from_pretrained
+    python dev/peft_files.py import FOLDER base.bin lora.bin           for ./train_baselines --lora lora.bin
+
+`base.bin` is the base that the adapter was made for: lora.bin names it by its hash. PEFT keeps A (r, in) and B (out, r)
+in fp32, W = W0 + (lora_alpha / r) B A; lora.bin has B transposed (doc/model.md).
+"""
+import argparse
+import json
+import os
+import struct
+import sys
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from dump_reference import adapted_shapes, hugging_face_name
+from rigsa_file import hash64, read_file, unpack_config, write_file
+
+SHAPE = struct.Struct("<If")  # section `shape`: rank, alpha
+DIFFERENT = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")  # not plain LoRA
+
+
+def read_base(path):
+    """The adapted matrices [(name, (out, in)), ...] of the base file `path`, and its hash and name as in section `base`."""
+    sections = read_file(path, "base")
+    return adapted_shapes(unpack_config(sections["config"])), struct.pack("<Q", hash64(sections["weights"])) + sections["name"]
+
+
+def key(name, part):
+    """The name that PEFT gives to `part`, A or B, of matrix `name`."""
+    return f"base_model.model.{hugging_face_name(name).removesuffix('.weight')}.lora_{part}.weight"
+
+
+def read_lora(path, shapes):
+    """The lora file `path`: alpha, and a dict, matrix name -> (A (r, in), B (out, r)); `shapes` as of read_base."""
+    sections = read_file(path, "lora")
+    rank, alpha = SHAPE.unpack(sections["shape"])
+    values, at, parts = np.frombuffer(sections["values"], "<f4"), 0, {}
+    if values.size != rank * sum(sum(shape) for _, shape in shapes):
+        raise ValueError(f"{path}: does not fit the matrices of this base")
+    for name, (rows, cols) in shapes:
+        a, b = values[at:at + rank * cols], values[at + rank * cols:at + rank * (rows + cols)]
+        parts[name] = a.reshape(rank, cols), b.reshape(rank, rows).T
+        at += rank * (rows + cols)
+    return alpha, parts
+
+
+def export_peft(lora, base, folder):
+    """Writes the adapter `lora` of `base` as a PEFT folder."""
+    shapes, named = read_base(base)
+    alpha, parts = read_lora(lora, shapes)
+    if read_file(lora, "lora")["base"] != named:
+        raise ValueError(f"{lora}: was not made for {base}")
+    os.makedirs(folder, exist_ok=True)
+    tensors = {}
+    for name, (a, b) in parts.items():
+        for part, values in (("A", a), ("B", b)):
+            tensors[key(name, part)] = torch.tensor(values).contiguous()
+    safetensors.torch.save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": len(a), "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({hugging_face_name(name).split(".")[-2] for name, _ in shapes}),
+        "base_model_name_or_path": named[8:].decode(), "inference_mode": True,
+    }
+    with open(os.path.join(folder, "adapter_config.json"), "w") as file:
+        json.dump(config, file, indent=2)
+        file.write("\n")
+
+
+def import_peft(folder, base, lora):
+    """Writes the PEFT folder as a lora file of `base`. A matrix that PEFT does not adapt gets A = B = 0, which no gradient moves."""
+    shapes, named = read_base(base)
+    with open(os.path.join(folder, "adapter_config.json")) as file:
+        config = json.load(file)
+    if config.get("peft_type") != "LORA" or any(config.get(field) for field in DIFFERENT):
+        raise ValueError(f"{folder}: not a plain LoRA: {[field for field in DIFFERENT if config.get(field)]}")
+    tensors = safetensors.torch.load_file(os.path.join(folder, "adapter_model.safetensors"))
+    rank = config["r"]
+    alpha = config["lora_alpha"] * (rank ** 0.5 if config.get("use_rslora") else 1)
+    values = []
+    for name, (rows, cols) in shapes:
+        a = tensors.pop(key(name, "A"), torch.zeros(rank, cols)).float().numpy()
+        b = tensors.pop(key(name, "B"), torch.zeros(rows, rank)).float().numpy()
+        if a.shape != (rank, cols) or b.shape != (rows, rank):
+            raise ValueError(f"{folder}: {name} is {b.shape} {a.shape}, {base} needs {(rows, rank)} {(rank, cols)}")
+        values += [a.ravel(), b.T.ravel()]
+    if tensors:
+        raise ValueError(f"{folder}: {next(iter(tensors))} has no place in {base}")
+    write_file(lora, "lora", [("base", named), ("settings", b""), ("shape", SHAPE.pack(rank, alpha)),
+                              ("values", np.concatenate(values).astype("<f4").tobytes())])
+
+
+def main():
+    parser = argparse.ArgumentParser(description="LoRA adapters between rigsa.c and PEFT.")
+    parser.add_argument("action", choices=("export", "import"))
+    parser.add_argument("source", help="export: lora.bin; import: the PEFT folder")
+    parser.add_argument("base", help="base file")
+    parser.add_argument("target", help="export: the PEFT folder; import: lora.bin")
+    args = parser.parse_args()
+    try:
+        (export_peft if args.action == "export" else import_peft)(args.source, args.base, args.target)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"peft_files.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
