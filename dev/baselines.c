@@ -41,7 +41,7 @@ enum { METHOD_LORA = METHOD_EVAL + 1, METHOD_RANDOM, METHOD_LTSFT, METHOD_ROSA, 
 enum { STREAM_MASK = 100, STREAM_LORA };    // of random numbers, after the trainer's
 
 // ---------------------------------------------------------------------------------------------------------------------
-// NF4 with double quantization (Dettmers et al. 2023), byte for byte as bitsandbytes has it on a CPU
+// NF4 with double quantization (Dettmers et al. 2023), as bitsandbytes has it on a CPU
 //
 // 64 weights share a scale, their largest magnitude; each is stored as the nearest of 16 levels, quantiles of a normal
 // distribution. Scales are stored in 8 bits: less their mean, in blocks of 256 that share a scale of their own, on a map that is
@@ -75,7 +75,7 @@ static void fill_scale_map(void)
         int parts = 1 << e;
         float step = (1.0f - 0.1f) / (float)parts, order = (float)pow(10, e - 6), low = 0.1f;
         for (int i = 1; i <= parts; i++) {
-            float high = 2 * i < parts + 1 ? 0.1f + step * (float)i : 1.0f - step * (float)(parts - i);
+            float high = 2 * i < parts + 1 ? fmaf(step, (float)i, 0.1f) : fmaf(-step, (float)(parts - i), 1);
             *positive++ = order * ((low + high) / 2);
             low = high;
         }
@@ -92,23 +92,16 @@ static float largest_magnitude(const float *x, size_t n)
     return largest;
 }
 
-// The level nearest to x; in the middle between two, the lower.
-static uint8_t nf4_nearest(float x)
+// Which of `count` ascending levels is nearest to x; in the middle between two, the lower.
+static uint8_t nearest(const float *level, int count, float x)
 {
-    uint8_t code = 0;
-    for (int i = 0; i < 15; i++) code += x > (NF4_LEVEL[i] + NF4_LEVEL[i + 1]) / 2;
-    return code;
-}
-
-static uint8_t scale_nearest(float x)
-{
-    int low = 0, high = 256;                // scale_map[low] <= x < scale_map[high]
-    while (high - low > 1) {
+    int low = 0, high = count - 1;          // the answer is one of low..high
+    while (low < high) {
         int middle = (low + high) / 2;
-        if (scale_map[middle] <= x) low = middle;
+        if (x > (level[middle] + level[middle + 1]) / 2) low = middle + 1;
         else high = middle;
     }
-    return (uint8_t)(low + (low < 255 && fabsf(x - scale_map[low + 1]) < fabsf(x - scale_map[low])));
+    return (uint8_t)low;
 }
 
 static Nf4 nf4_quantize(const float *w, size_t n)
@@ -118,35 +111,37 @@ static Nf4 nf4_quantize(const float *w, size_t n)
     float *scale = floats(blocks);
     double sum = 0;
     if (scale_map[255] == 0) fill_scale_map();
+    if (n % 2) q.code[n / 2] = nearest(NF4_LEVEL, 16, 0);               // the half byte that is left over
     #pragma omp parallel for
     for (size_t b = 0; b < blocks; b++) {
         size_t first = b * NF4_BLOCK, end = min_size(n, first + NF4_BLOCK);
         scale[b] = largest_magnitude(w + first, end - first);
-        float inverse = 1.0f / fmaxf(scale[b], 1e-38f);
-        for (size_t i = first; i < end; i++) {          // a last block that is not full divides, where others multiply
-            uint8_t code = nf4_nearest(end - first == NF4_BLOCK ? w[i] * inverse : w[i] / fmaxf(scale[b], 1e-38f));
+        float size = fmaxf(scale[b], 1e-38f), inverse = 1.0f / size;
+        for (size_t i = first; i < end; i++) {          // bitsandbytes divides in a last block that is not full
+            uint8_t code = nearest(NF4_LEVEL, 16, end - first == NF4_BLOCK ? w[i] * inverse : w[i] / size);
             q.code[i / 2] |= (uint8_t)(i % 2 ? code : code << 4);
         }
     }
-    if (n % 2) q.code[n / 2] |= nf4_nearest(0);
     for (size_t b = 0; b < blocks; b++) sum += scale[b];
     q.mean = (float)(sum / (double)blocks);
     for (size_t b = 0; b < blocks; b++) scale[b] -= q.mean;
     for (size_t g = 0; g < groups; g++) {
         size_t first = g * SCALE_BLOCK, end = min_size(blocks, first + SCALE_BLOCK);
         q.scale_scale[g] = largest_magnitude(scale + first, end - first);
-        for (size_t b = first; b < end; b++) q.scale[b] = scale_nearest(scale[b] / q.scale_scale[g]);
+        float inverse = 1.0f / fmaxf(q.scale_scale[g], 1e-38f);
+        for (size_t b = first; b < end; b++) q.scale[b] = nearest(scale_map, 256, scale[b] * inverse);
     }
     free(scale);
     return q;
 }
 
-// w (n) = what the codes stand for.
+// w (n) = what the codes stand for. `volatile` keeps product and sum from being fused: two roundings.
 static void nf4_expand(float *w, const Nf4 *q, size_t n)
 {
     #pragma omp parallel for
     for (size_t b = 0; b < blocks_of(n, NF4_BLOCK); b++) {
-        float scale = scale_map[q->scale[b]] * q->scale_scale[b / SCALE_BLOCK] + q->mean;
+        volatile float product = scale_map[q->scale[b]] * q->scale_scale[b / SCALE_BLOCK];
+        float scale = product + q->mean;
         for (size_t i = b * NF4_BLOCK; i < min_size(n, (b + 1) * NF4_BLOCK); i++)
             w[i] = NF4_LEVEL[q->code[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale;
     }
