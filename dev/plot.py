@@ -1,0 +1,154 @@
+"""
+Draws what dev/compare.py found, each figure as PNG and SVG.
+
+    python dev/plot.py out_compare                 trade-off, rounds and loss curves, into out_compare
+    python dev/plot.py out                         of a single run of ./train_rigsa: rounds and loss curve
+
+tradeoff   the new task against what is left of the old ones, a curve per method over its learning rates. The old ones count
+           as the mean over their evaluation sets of score / score of the base. Points are means over seeds, bars their
+           standard deviations.
+rounds     RIGSA round by round: accuracy, density, kept share
+loss       the loss of the last pass of every method at its middle learning rate, smoothed
+"""
+import argparse
+import csv
+import glob
+import os
+import sys
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okabe and Ito, which everybody can tell apart
+    "rigsa": ("RIGSA", "#000000", "o"), "gated random": ("random mask, gated", "#56B4E9", "o"),
+    "random": ("random mask", "#0072B2", "s"), "ltsft": ("LT-SFT", "#009E73", "^"), "rosa": ("RoSA", "#CC79A7", "D"),
+    "lora": ("LoRA", "#E69F00", "v"), "qlora": ("QLoRA", "#D55E00", "v"), "lora16": ("LoRA, rank 16", "#F0C000", "<"),
+    "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#888888", "+"),
+}
+SMOOTH = 50  # parts of a pass: a loss curve is an exponential mean over about one of them
+
+
+def read(path):
+    """The rows of a CSV as dicts."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def save(figure, folder, name):
+    """As PNG and SVG."""
+    for end in ("png", "svg"):
+        figure.savefig(os.path.join(folder, f"{name}.{end}"), dpi=160, bbox_inches="tight")
+    plt.close(figure)
+    print(os.path.join(folder, f"{name}.png"), "and .svg")
+
+
+def axes(width, height, **more):
+    """A figure without the lines that carry nothing."""
+    figure, axis = plt.subplots(figsize=(width, height), **more)
+    for one in np.ravel(axis):
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(color="#dddddd", linewidth=0.5)
+    return figure, axis
+
+
+def draw_tradeoff(rows, folder):
+    """A figure per budget."""
+    sets = list(rows[0])[list(rows[0]).index("seconds") + 1:]
+    target, source = sets[0], sets[1:]
+    base = next(row for row in rows if row["method"] == "base")
+    for budget in sorted({row["budget"] for row in rows if row["budget"]}):
+        figure, axis = axes(6, 4.5)
+        for method, (label, colour, marker) in STYLE.items():
+            points = {}
+            for row in rows:
+                if row["method"] == method and row["budget"] == budget:
+                    kept = np.mean([float(row[name]) / float(base[name]) for name in source])
+                    points.setdefault(float(row["lr"]), []).append((kept, float(row[target])))
+            if not points:
+                continue
+            mean = np.array([np.mean(points[lr], axis=0) for lr in sorted(points)])
+            spread = np.array([np.std(points[lr], axis=0, ddof=len(points[lr]) > 1) for lr in sorted(points)])
+            axis.errorbar(*mean.T, xerr=spread[:, 0], yerr=spread[:, 1], label=label, color=colour, marker=marker,
+                          markersize=5, linewidth=1.2, elinewidth=0.7, capsize=2)
+        axis.axvline(1, color="#888888", linewidth=0.7, linestyle=":")
+        axis.set_xlabel(f"kept of {', '.join(source)} (share of the base)")
+        axis.set_ylabel(f"{target}, share read")
+        axis.legend(fontsize=8, frameon=False, loc="lower left")
+        save(figure, folder, f"tradeoff_{budget}")
+
+
+def draw_rounds(table, folder):
+    """Of one run with rounds: `table` is the rows of its table.csv."""
+    rounds = [row for row in table if row["round"] != "base"]
+    names = [name.removesuffix("_error") for name in table[0] if name.endswith("_error")]
+    label, at = [row["round"] for row in rounds], range(len(rounds))
+    figure, (scores, shares) = axes(8, 3.2, ncols=2)
+    for name in names:
+        scores.errorbar(at, [float(row[name]) for row in rounds], [float(row[f"{name}_error"]) for row in rounds],
+                        marker="o", markersize=4, capsize=2, label=name)
+    shares.semilogy(at, [float(row["density"]) for row in rounds], marker="o", markersize=4, color="black", label="density")
+    shares.semilogy(at[:-1], [float(row["kept"]) for row in rounds[:-1]], marker="s", markersize=4, color="#D55E00", label="kept")
+    for axis in (scores, shares):
+        axis.set_xticks(at, label)
+        axis.set_xlabel("round")
+        axis.legend(fontsize=8, frameon=False)
+    scores.set_ylabel("score")
+    save(figure, folder, "rounds")
+
+
+def last_pass(folder):
+    """The losses of the last pass of the run in `folder`, smoothed."""
+    rows = read(os.path.join(folder, "loss.csv"))
+    losses = [float(row["loss"]) for row in rows if row["pass"] == rows[-1]["pass"]]
+    rate, smooth = min(1, SMOOTH / len(losses)), losses[:1]
+    for loss in losses[1:]:
+        smooth.append((1 - rate) * smooth[-1] + rate * loss)
+    return smooth
+
+
+def draw_losses(folders, folder):
+    """`folders`: a dict, label -> (folder of a run, colour)."""
+    figure, axis = axes(6, 3.6)
+    for label, (run, colour) in folders.items():
+        axis.plot(last_pass(run), color=colour, label=label, linewidth=1)
+    axis.set_xlabel("update of the last pass")
+    axis.set_ylabel("loss")
+    axis.legend(fontsize=8, frameon=False)
+    save(figure, folder, "loss")
+
+
+def middle_runs(rows, folder):
+    """For each method the run of its first seed and a middle learning rate: a dict as draw_losses takes it."""
+    found = {}
+    for method, (label, colour, _) in STYLE.items():
+        mine = sorted((int(row["seed"]), row["budget"], float(row["lr"])) for row in rows if row["method"] == method)
+        same = [run for run in mine if run[:2] == mine[0][:2]]
+        if same:
+            seed, budget, lr = same[len(same) // 2]
+            found[label] = os.path.join(folder, f"{method}_{budget}_{lr:g}_{seed}".replace(" ", "_")), colour
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draws a comparison, or a single run, as PNG and SVG.")
+    parser.add_argument("folder", help="of dev/compare.py, or of a run")
+    folder = parser.parse_args().folder
+    try:
+        if os.path.exists(os.path.join(folder, "compare.csv")):
+            rows = read(os.path.join(folder, "compare.csv"))
+            draw_tradeoff(rows, folder)
+            draw_losses(middle_runs(rows, folder), folder)
+            runs = sorted(glob.glob(os.path.join(folder, "rigsa_*_0.003_*", "table.csv")))
+            if runs:
+                draw_rounds(read(runs[0]), folder)
+        else:
+            draw_rounds(read(os.path.join(folder, "table.csv")), folder)
+            draw_losses({os.path.basename(os.path.normpath(folder)): (folder, "black")}, folder)
+    except OSError as error:
+        sys.exit(f"plot.py: {error}; is {folder} a folder of dev/compare.py or of a run?")
+
+
+if __name__ == "__main__":
+    main()
