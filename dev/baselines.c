@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// baselines.c: the methods that RIGSA is compared with, on the trainer's own code path. Model, data, loss, AdamW, schedule, clipping
-// and evaluation are train_rigsa.c's; here are only the two functions of each adapter, the rows of its tensors, and its mask.
+// baselines.c: the methods that RIGSA is compared with, on the trainer's own code path. Model, data, loss, AdamW, schedule and
+// evaluation are train_rigsa.c's; here are only the two functions of each adapter, the rows of its tensors, and its mask.
 //
 //     make train_baselines && ./train_baselines --method lora
 //
@@ -147,7 +147,7 @@ static void nf4_expand(float *w, const Nf4 *q, size_t n)
     }
 }
 
-// The matrices of the base become codes, and their fp32 values are gone; embeddings and norms stay.
+// The matrices of the base become codes, and their values are gone; embeddings and norms stay.
 static void quantize_base(Model *model)
 {
     Tensor *first = model->tensors, *end = first + model->base_tensors;
@@ -155,8 +155,9 @@ static void quantize_base(Model *model)
     nf4 = allocate(matrices(model), sizeof(Nf4));
     for (Tensor *t = first; t < end; t++) {
         if (t->adapter < 0) { n += t->n; continue; }
-        nf4[t->adapter] = nf4_quantize(t->value, t->n);
+        nf4[t->adapter] = nf4_quantize(plain_weight(model, t), t->n);
         t->value = NULL;
+        t->half = NULL;
     }
     float *rest = floats(n);
     for (Tensor *t = first; t < end; t++) {
@@ -165,7 +166,9 @@ static void quantize_base(Model *model)
         at += t->n;
     }
     free(model->base_arena);
+    free(model->half_arena);
     model->base_arena = rest;
+    model->half_arena = NULL;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -200,8 +203,12 @@ static const float *lora_add(Model *model, Tensor *t)
 
 static const float *lora_weight(Model *model, Tensor *t)
 {
-    if (nf4) nf4_expand(model->scratch, &nf4[t->adapter], t->n);
-    else scale_values(model->scratch, t->value, 1, t->n);
+    float *w = model->scratch;
+    if (nf4) nf4_expand(w, &nf4[t->adapter], t->n);
+    else {
+        #pragma omp parallel for simd
+        for (size_t i = 0; i < t->n; i++) w[i] = frozen(t, i);
+    }
     return lora_add(model, t);
 }
 
@@ -454,10 +461,10 @@ static void start_trained(Model *model)
 // After the base has been read.
 static void start_baseline(Model *model)
 {
-    size_t rows = 2 * model->acts.N;
+    const Config *c = &model->config;
+    size_t widest = max_size(max_size(c->C, c->F), (size_t)c->H * c->D);
     if (more.base_type == BASE_NF4) quantize_base(model);
-    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) if (t->adapter >= 0) rows = max_size(rows, t->rows);
-    if (is_low_rank()) thin = floats((size_t)more.rank * rows);
+    if (is_low_rank()) thin = floats((size_t)more.rank * max_size(2 * model->acts.N, widest));
     start_trained(model);
 }
 

@@ -107,7 +107,7 @@ def minutes(seconds):
 
 def main():
     parser = argparse.ArgumentParser(description="All methods at several learning rates and seeds, into one CSV.")
-    parser.add_argument("--out", default="out_compare", metavar="FOLDER", help="for compare.csv and the runs (default %(default)s)")
+    parser.add_argument("--out", default="out_compare", metavar="FOLDER", help="of compare.csv and the runs (default %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="which (default: %(default)s)")
     parser.add_argument("--seeds", default="1,2,3", help="which (default: %(default)s)")
     parser.add_argument("--budget", default="last", choices=("last", "total"), help="what is equal: see above (default %(default)s)")
