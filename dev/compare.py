@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--out", default="out_compare", metavar="FOLDER", help="of compare.csv and the runs (default %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="which (default: %(default)s)")
     parser.add_argument("--seeds", default="1,2,3", help="which (default: %(default)s)")
-    parser.add_argument("--budget", default="last", choices=("last", "total"), help="what is equal: see above (default %(default)s)")
+    parser.add_argument("--budget", default="last", choices=("last", "total"), help="what is equal (default %(default)s)")
     parser.add_argument("--share", type=float, default=1, help="of the examples of every pass (default 1)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default %(default)s)")
     args = parser.parse_args()

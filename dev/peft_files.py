@@ -72,7 +72,7 @@ def export_peft(lora, base, folder):
 
 
 def import_peft(folder, base, lora):
-    """Writes the PEFT folder as a lora file of `base`. A matrix that PEFT does not adapt gets A = B = 0, which no gradient moves."""
+    """Writes the PEFT folder as a lora file of `base`. A matrix without a LoRA gets A = B = 0, which no gradient moves."""
     shapes, named = read_base(base)
     with open(os.path.join(folder, "adapter_config.json")) as file:
         config = json.load(file)

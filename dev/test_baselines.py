@@ -23,7 +23,8 @@ import warnings
 import numpy as np
 import torch
 
-from dump_reference import adapted_shapes, answer_logits, difference, hugging_face_name, reference_model, split, transformers_model
+from dump_reference import (adapted_shapes, answer_logits, difference, hugging_face_name, reference_model, split,
+                            transformers_model)
 from peft_files import export_peft, import_peft, read_lora
 from rigsa_file import (GOLDEN, U64, data_sections, mix, pack_config, read_file, tensor_shapes, unpack_config, write_file)
 
@@ -78,6 +79,12 @@ class Fixture:
         named = {hugging_face_name(name): tensor for name, tensor in (self.weights | matrices).items()}
         return torch.nn.functional.cross_entropy(*answer_logits(self.model, named, self.questions))
 
+    def transformers(self):
+        """The model of transformers, in float32."""
+        model = transformers_model(self.config)
+        model.load_state_dict({hugging_face_name(name): tensor.float() for name, tensor in self.weights.items()}, strict=False)
+        return model
+
     def run(self, name, *options, program="train_baselines"):
         """Runs a C program with updates on all examples at constant rates; the output folder."""
         out = f"{self.folder}/{name}"
@@ -92,6 +99,12 @@ class Fixture:
     def passes(self, updates):
         """The number of examples of so many updates."""
         return updates * self.examples
+
+
+def check_losses(what, found, expected, bound=LOSSES):
+    """As many losses as expected, each of them off by at most `bound`."""
+    off = np.max(np.abs(found / expected - 1)) if found.size == expected.size else np.inf
+    check(f"{what}: {expected.size} losses", off <= bound, f"{off:.1e}, at most {bound:.0e}")
 
 
 def losses(out, label):
@@ -129,9 +142,7 @@ def test_peft(fixture):
     """Twenty updates, and both ways through the files."""
     import peft
     torch.manual_seed(1)
-    model = transformers_model(fixture.config)
-    model.load_state_dict({hugging_face_name(name): tensor.float() for name, tensor in fixture.weights.items()}, strict=False)
-    model = peft.get_peft_model(model, peft.LoraConfig(
+    model = peft.get_peft_model(fixture.transformers(), peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM",
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
     start, lora = f"{fixture.folder}/peft_start", f"{fixture.folder}/start.bin"
@@ -139,11 +150,10 @@ def test_peft(fixture):
     import_peft(start, fixture.base, lora)
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     check("PEFT trains A and B of every matrix", len(leaves) == 2 * len(fixture.shapes))
-    expected = train(lambda: torch.nn.functional.cross_entropy(*answer_logits(model, {}, fixture.questions)), leaves, UPDATES)
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = train(lambda: cross_entropy(*answer_logits(model, {}, fixture.questions)), leaves, UPDATES)
     out = fixture.run("lora", "--method", "lora", "--lora", lora, "--ticket-examples", fixture.passes(UPDATES))
-    found = losses(out, "lora")
-    check(f"{UPDATES} losses", found.size == UPDATES and np.max(np.abs(found / expected - 1)) <= LOSSES,
-          f"{np.max(np.abs(found / expected - 1)):.1e} off PEFT's at most, from {expected[0]:.4f} to {expected[-1]:.4f}")
+    check_losses("PEFT's", losses(out, "lora"), expected)
     trained = {name: tensor.detach().numpy() for name, tensor in peft.get_peft_model_state_dict(model).items()}
     alpha, parts = read_lora(f"{out}/lora.bin", fixture.shapes)
     check("alpha", alpha == ALPHA)
@@ -156,10 +166,8 @@ def test_peft(fixture):
     export_peft(f"{out}/lora.bin", fixture.base, folder)
     import_peft(folder, fixture.base, again)
     one, two = (read_file(path, "lora") for path in (f"{out}/lora.bin", again))
-    check("to PEFT and back: the same bytes", one["values"] == two["values"] and one["shape"] == two["shape"] and one["base"] == two["base"])
-    plain = transformers_model(fixture.config)
-    plain.load_state_dict({hugging_face_name(name): tensor.float() for name, tensor in fixture.weights.items()}, strict=False)
-    exported = peft.PeftModel.from_pretrained(plain, folder)
+    check("to PEFT and back: the same bytes", all(one[tag] == two[tag] for tag in ("base", "shape", "values")))
+    exported = peft.PeftModel.from_pretrained(fixture.transformers(), folder)
     with torch.no_grad():
         ours, theirs = (answer_logits(m, {}, fixture.questions)[0].numpy() for m in (exported, model))
     check_close("PEFT's logits with our adapter", ours, theirs, WEIGHTS)
@@ -200,7 +208,7 @@ def low_rank(values, shapes, rank):
 
 
 def test_gradients(fixture):
-    """Loss and gradient of every adapter at random values."""
+    """Loss and gradient of every adapter at random values, added up over forward passes of two examples."""
     shapes, count = fixture.shapes, len(fixture.shapes)
     base = {name: fixture.weights[name] for name, _ in shapes}
     for name, options in {
@@ -213,7 +221,7 @@ def test_gradients(fixture):
         "rosa": ["--method", "rosa", "--density", 0.1, "--rank", RANK, "--lora-alpha", ALPHA],
         "dense": ["--method", "dense"],
     }.items():
-        dump = read_dump(fixture, name.replace(", ", "_"), *options)
+        dump = read_dump(fixture, name.replace(", ", "_"), *options, "--micro", 2)
         values, leaves, w0 = dump["values"], [], base
         n = int(dump["entries"].sum())
         rank, scale = (21, 1) if "21" in name else (RANK, ALPHA / RANK)
@@ -286,7 +294,7 @@ def test_nf4(fixture):
         weights = write_random_base(fixture.base, config, rng)
         dump = read_dump(fixture, "nf4", "--method", "lora", "--base-type", "nf4", "--rank", 1)
         at = dict.fromkeys(("code", "scale", "scale_scale", "mean", "expanded"), 0)
-        wrong, rounded, blocks, ulps = dict.fromkeys(at, 0), 0, 0, 0.0
+        wrong, table, rounded, ulps = dict.fromkeys(at, 0), 0, 0, 0.0
         for name, _ in adapted_shapes(config):
             weight = torch.tensor(weights[name])
             codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
@@ -299,21 +307,20 @@ def test_nf4(fixture):
             ulps = max(ulps, abs(float(got["mean"][0]) - float(mean)) / np.spacing(mean))
             scale_scale, nearest, _ = scales(absmax.numpy(), state, got["mean"][0])
             _, _, theirs = scales(absmax.numpy(), state, mean)
-            wrong["mean"] += np.sum(theirs != state.absmax.numpy())
-            rounded, blocks = rounded + np.sum(nearest != theirs), blocks + nearest.size
-            ours = functional.QuantState(
-                absmax=torch.tensor(got["scale"]), shape=weight.shape, code=state.code, blocksize=64, quant_type="nf4", dtype=torch.float32,
-                offset=torch.tensor(got["mean"][0]), state2=functional.QuantState(
-                    absmax=torch.tensor(got["scale_scale"]), code=state.state2.code, blocksize=256, dtype=torch.float32))
-            expanded = functional.dequantize_4bit(torch.tensor(got["code"])[:, None], ours).numpy().ravel()
-            for tag, expected in (("code", codes.numpy().ravel()), ("scale", nearest), ("scale_scale", scale_scale), ("expanded", expanded)):
-                wrong[tag] += np.sum(got[tag].view(f"u{expected.itemsize}") != expected.view(f"u{expected.itemsize}"))
+            table += np.sum(theirs != state.absmax.numpy())
+            rounded += np.sum(nearest != theirs)
+            state.absmax, state.state2.absmax = torch.tensor(got["scale"]), torch.tensor(got["scale_scale"])
+            state.offset = torch.tensor(got["mean"][0])
+            expanded = functional.dequantize_4bit(torch.tensor(got["code"])[:, None], state).numpy().ravel()
+            expected = {"code": codes.numpy().ravel(), "scale": nearest, "scale_scale": scale_scale, "expanded": expanded}
+            for tag, array in expected.items():
+                wrong[tag] += np.sum(got[tag].view(f"u{array.itemsize}") != array.view(f"u{array.itemsize}"))
         check(f"{label}: nothing is left over", all(at[tag] == dump[tag].size for tag in at))
         for tag in ("code", "scale", "scale_scale", "expanded"):
             check(f"{label}: {tag}", wrong[tag] == 0, f"{wrong[tag]} of {at[tag]} differ")
         check(f"{label}: mean", ulps <= 4, f"{ulps:.0f} ulp")
-        check(f"{label}: that the table is why bitsandbytes has other bytes of scales", wrong["mean"] == 0 and rounded < 0.02 * blocks,
-              f"{rounded} of {blocks} are not the nearest there")
+        check(f"{label}: the table is why bitsandbytes has other bytes of scales", table == 0 and rounded < 0.02 * at["scale"],
+              f"{rounded} of {at['scale']} are not the nearest there")
     fixture.base = original
 
 
@@ -367,9 +374,8 @@ def test_ltsft(fixture):
     check("ltsft: gates", np.all(gates == 1))
 
     leaves, dense = dense_deltas(np.zeros(k), entries, index, shapes)
-    deltas = train(lambda: fixture.loss({name: w0[name] + delta for name, delta in dense().items()}), leaves, UPDATES)
-    found = losses(out, "ltsft")
-    check("ltsft: losses of the second pass", np.max(np.abs(found / deltas - 1)) <= LOSSES, f"{np.max(np.abs(found / deltas - 1)):.1e}")
+    expected = train(lambda: fixture.loss({name: w0[name] + delta for name, delta in dense().items()}), leaves, UPDATES)
+    check_losses("ltsft", losses(out, "ltsft"), expected)
     check_close("ltsft: values", values, np.concatenate([part.detach().numpy() for part in leaves]), WEIGHTS)
 
 
@@ -385,10 +391,12 @@ def test_rosa(fixture):
           -1 < min(map(np.min, scaled)) < -0.9 and abs(np.var(np.concatenate(scaled)) - 1 / 3) < 0.02)
     check("B at the start: zero", all(np.max(np.abs(part)) < 1e-20 for part in parts[1::2]))
 
+    start = np.concatenate([part if i % 2 == 0 else 0 * part for i, part in enumerate(parts)])
+
     def matrices(product, dense=None):
         return {name: w0[name] + product()[name] + (dense()[name] if dense else 0) for name in w0}
 
-    leaves, product = low_rank(np.concatenate([part if i % 2 == 0 else 0 * part for i, part in enumerate(parts)]), shapes, RANK)
+    leaves, product = low_rank(start, shapes, RANK)
     train(lambda: fixture.loss(matrices(product)), leaves, warm)
     effective = {name: tensor.detach().requires_grad_() for name, tensor in matrices(product).items()}
     squares = [g.numpy().ravel() ** 2 for g in torch.autograd.grad(fixture.loss(effective), list(effective.values()))]
@@ -403,12 +411,10 @@ def test_rosa(fixture):
     check("rosa: mask", np.array_equal(flat_mask(entries, index, shapes), np.concatenate(expected)),
           f"{index.size} entries, next one at least {gap:.1e} below")
 
-    low, product = low_rank(np.concatenate([part if i % 2 == 0 else 0 * part for i, part in enumerate(parts)]), shapes, RANK)
+    low, product = low_rank(start, shapes, RANK)
     sparse, dense = dense_deltas(np.zeros(index.size), entries, index, shapes)
-    expected = train(lambda: fixture.loss(matrices(product, dense)), sparse + low, warm + 1)
-    found = losses(out, "rosa")
-    check("rosa: losses from scratch", np.max(np.abs(found / expected - 1)) <= 10 * LOSSES,
-          f"{np.max(np.abs(found / expected - 1)[:UPDATES]):.1e} in {UPDATES}, {np.max(np.abs(found / expected - 1)):.1e} in all")
+    expected = train(lambda: fixture.loss(matrices(product, dense)), sparse + low, UPDATES)
+    check_losses("rosa, from scratch", losses(out, "rosa")[:UPDATES], expected)
 
 
 def sampled(size, wanted, key):
