@@ -32,7 +32,7 @@ static struct {
     { "rank", COUNT, &more.rank, "0 to 65536", "0", "of B A (lora, rosa); 0: as many values as --density has, nearly" }, \
     { "lora-alpha", REAL, &more.lora_alpha, "0 to 1e6", "0", "B A counts lora-alpha / rank times; 0: once" }, \
     { "lora-lr", REAL, &more.lora_lr, "0 to 10", "0", "learning rate of A and B; 0: --lr" }, \
-    { "lora", TEXT, &more.lora, "FILE", "", "lora, eval: start from this adapter" }, \
+    { "lora", TEXT, &more.lora, "FILE", "", "lora: start from this adapter; eval: evaluate it, of RoSA with its --ticket" }, \
     { "base-type", CHOICE, &more.base_type, "fp32|nf4", "fp32", "lora, eval: W0 as it is, or in 4.127 bits (QLoRA)" }, \
     { "mask-after", COUNT, &more.mask_after, "0 to 1e9", "64", "rosa: updates of A and B before the mask is chosen" },
 #include "../train_rigsa.c"
@@ -151,10 +151,13 @@ static void nf4_expand(float *w, const Nf4 *q, size_t n)
 static void quantize_base(Model *model)
 {
     Tensor *first = model->tensors, *end = first + model->base_tensors;
-    size_t n = 0, at = 0;
+    size_t n = 0, at = 0, bytes = 0, weights = 0;
     nf4 = allocate(matrices(model), sizeof(Nf4));
     for (Tensor *t = first; t < end; t++) {
         if (t->adapter < 0) { n += t->n; continue; }
+        size_t blocks = blocks_of(t->n, NF4_BLOCK);
+        bytes += (t->n + 1) / 2 + blocks + 4 * blocks_of(blocks, SCALE_BLOCK) + 4;
+        weights += t->n;
         nf4[t->adapter] = nf4_quantize(plain_weight(model, t), t->n);
         t->value = NULL;
         t->half = NULL;
@@ -169,6 +172,7 @@ static void quantize_base(Model *model)
     free(model->half_arena);
     model->base_arena = rest;
     model->half_arena = NULL;
+    printf("nf4      matrices in %.1f MB, %.3f bits per weight\n", 1e-6 * (double)bytes, 8 * (double)bytes / (double)weights);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +247,7 @@ static void sparse_gradient(Model *model, Tensor *t, const float *x, const float
         return;
     }
     sampled_product(model->scratch, delta, x, dy, model->acts.transposed, N);
+    #pragma omp parallel for simd
     for (size_t k = 0; k < delta->n; k++) delta->grad[k] += model->scratch[k];
 }
 
@@ -374,8 +379,9 @@ static void lora_load(Model *model, const char *path)
     const Tensor *first = lora_tensor(model, 0), *end = model->tensors + model->all_tensors;
     size_t length, n = 0;
     const char *base = section(&file, "base", &length);
-    if (!base || length < 8 || memcmp(base, &model->hash, 8))
-        die("%s: made for the base `%.*s`, not for `%s`", path, base && length > 8 ? (int)length - 8 : 0, base + 8, model->name);
+    if (!base || length < 8) die("%s: does not name its base", path);
+    if (memcmp(base, &model->hash, 8))
+        die("%s: made for the base `%.*s`, not for this `%s`", path, (int)length - 8, base + 8, model->name);
     for (const Tensor *t = first; t < end; t++) n += t->n;
     memcpy(first->value, needed(&file, "values", n, sizeof(float)), n * sizeof(float));
     file_close(&file);
@@ -396,8 +402,9 @@ static void prepare_baseline(Run *run)
     Tensor *end = model->tensors + model->base_tensors;
     model->seed = (uint64_t)opt.seed;
     model->sigma = (float)opt.sigma;
-    if (more.base_type == BASE_NF4 && opt.method != METHOD_LORA && opt.method != METHOD_EVAL)
-        die("--base-type nf4 goes with --method lora or eval");
+    if (more.base_type == BASE_NF4 && ((opt.method != METHOD_LORA && opt.method != METHOD_EVAL) || *opt.ticket))
+        die("--base-type nf4 goes with --method lora or eval, and without --ticket");
+    if (more.init == INIT_GATED && opt.method != METHOD_RANDOM) die("--init gated goes with --method random");
     if (*more.lora && opt.method != METHOD_LORA && opt.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
     if (opt.method <= METHOD_FULL) return;
     if (opt.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_FP32) return;
@@ -407,7 +414,7 @@ static void prepare_baseline(Run *run)
     if (more.rank == 0) more.rank = fmax(1, floor(more.density * (double)all / (double)both + 0.5));
     run->passes = opt.method == METHOD_LTSFT ? 2 : 1;
 
-    size_t kept = is_sparse() ? model->all_tensors : model->base_tensors;
+    size_t kept = is_sparse() || *opt.ticket ? model->all_tensors : model->base_tensors;
     Tensor *tensors = allocate(kept + lora_rows, sizeof(Tensor)), *t = tensors + kept;
     memcpy(tensors, model->tensors, kept * sizeof(Tensor));
     for (Tensor *w = model->tensors; lora_rows && w < end; w++) {
@@ -429,7 +436,8 @@ static void start_trained(Model *model)
 {
     Tensor *first = model->tensors + model->base_tensors, *end = model->tensors + model->all_tensors;
     size_t n = 0, at = 0;
-    free(model->value_arena);
+    if (*opt.ticket) first = lora_tensor(model, 0);         // eval: DeltaW and the gates are the ticket's
+    else free(model->value_arena);
     for (Tensor *t = first; t < end; t++) n += t->n;
     model->value_arena = floats(n);
     for (Tensor *t = first; t < end; at += t++->n) {
@@ -438,7 +446,7 @@ static void start_trained(Model *model)
         t->decay = (float)opt.weight_decay;
     }
     trained_arenas(model, first, end);
-    if (is_sparse() && opt.method == METHOD_RANDOM && more.init == INIT_GATED) {
+    if (more.init == INIT_GATED) {
         rewind_adapter(model);
         gates_tensor(model)->lr = (float)opt.alpha_lr;
         gates_tensor(model)->decay = 0;
@@ -515,12 +523,14 @@ static void rosa_mask(Run *run)
 
 static void run_baseline(Run *run)
 {
-    static const char *const LABEL[] = { "rigsa", "full", "adapter", "lora", "random", "ltsft", "rosa", "dense" };
+    static const char *const LABEL[] = {
+        [METHOD_EVAL] = "adapter", [METHOD_LORA] = "lora", [METHOD_RANDOM] = "random", [METHOD_LTSFT] = "ltsft",
+        [METHOD_ROSA] = "rosa", [METHOD_DENSE] = "dense" };
     Model *model = &run->model;
     char path[PATH_MAX];
     if (opt.method <= METHOD_FULL || run->passes == 0) return;              // the trainer's own
     start_baseline(model);
-    model->adapter = nf4 && !is_low_rank() ? NF4 : LORA;
+    model->adapter = *opt.ticket ? ROSA : is_low_rank() ? LORA : NF4;
     if (opt.method == METHOD_EVAL) {
         print_row(run, add_row(run, LABEL[opt.method], NAN));
         return;

@@ -252,15 +252,29 @@ def test_gradients(fixture):
 # ----------------------------------------------------------------------------------------------------------------------
 # NF4
 
-def write_random_base(path, config, rng):
-    """A base of normal weights, with a few that are zero or far out."""
+def edge_values(size, middles):
+    """
+    Weights between two levels of NF4, so close to their middle that weight * (1 / size) and weight / size have different nearest
+    levels: bitsandbytes multiplies in full blocks and divides in a last one that is not full.
+    """
+    near = ((middles * size).view("i4")[:, None] + np.arange(-3, 4, dtype="i4")).view("f4").ravel()
+    product, quotient = (np.searchsorted(middles, values) for values in (near * (np.float32(1) / size), near / size))
+    return near[product != quotient]
+
+
+def write_random_base(path, config, rng, middles):
+    """A base of normal weights, some of them zero, far out, or edge_values of their block."""
     parts = []
     for _, shape in tensor_shapes(config):
-        part = rng.standard_normal(shape) * 10 ** rng.uniform(-3, 0)
-        part[rng.random(shape) < 0.01] = 0
-        part[rng.random(shape) < 0.001] *= 8
-        parts.append(part.ravel())
-    weights = np.concatenate(parts).astype("<f4")
+        part = (rng.standard_normal(np.prod(shape)) * 10 ** rng.uniform(-3, 0)).astype("f4")
+        part[rng.random(part.size) < 0.01] = 0
+        part[rng.random(part.size) < 0.001] *= 8
+        for block in (part[:64], part[part.size // 64 * 64:]):
+            if block.size:
+                edges = edge_values(np.max(np.abs(block)), middles)[:block.size - 1]
+                block[np.argsort(np.abs(block))[:edges.size]] = edges
+        parts.append(part)
+    weights = np.concatenate(parts)
     write_file(path, "base", [("config", pack_config(config)), ("name", b"random"), ("weights", weights.tobytes())])
     return {name: part for name, part in split(weights, tensor_shapes(config)).items()}
 
@@ -287,11 +301,13 @@ def test_nf4(fixture):
     """
     from bitsandbytes import functional
     rng = np.random.default_rng(4)
+    level = functional.get_4bit_type("nf4", device="cpu").numpy()[:16]
+    middles = (level[:-1] + level[1:]) / 2
     smol = dict(fixture.config, dim=576, ffn=1536, layers=1, heads=9, kv_heads=3, head_dim=64)
     original = fixture.base
     fixture.base = f"{fixture.folder}/nf4.bin"
     for label, config in (("odd", fixture.config), ("SmolLM2-135M", smol)):
-        weights = write_random_base(fixture.base, config, rng)
+        weights = write_random_base(fixture.base, config, rng, middles)
         dump = read_dump(fixture, "nf4", "--method", "lora", "--base-type", "nf4", "--rank", 1)
         at = dict.fromkeys(("code", "scale", "scale_scale", "mean", "expanded"), 0)
         wrong, table, rounded, ulps = dict.fromkeys(at, 0), 0, 0, 0.0
