@@ -17,7 +17,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from dump_reference import adapted_shapes, hugging_face_name
+from dump_reference import adapted_shapes
+from hugging_face import module_name
 from rigsa_file import hash64, read_file, unpack_config, write_file
 
 SHAPE = struct.Struct("<If")  # section `shape`: rank, alpha
@@ -32,7 +33,7 @@ def read_base(path):
 
 def key(name, part):
     """The name that PEFT gives to `part`, A or B, of matrix `name`."""
-    return f"base_model.model.{hugging_face_name(name).removesuffix('.weight')}.lora_{part}.weight"
+    return f"base_model.model.{module_name(name)}.lora_{part}.weight"
 
 
 def read_lora(path, shapes):
@@ -63,7 +64,7 @@ def export_peft(lora, base, folder):
     safetensors.torch.save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": len(a), "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({hugging_face_name(name).split(".")[-2] for name, _ in shapes}),
+        "target_modules": sorted({module_name(name).split(".")[-1] for name, _ in shapes}),
         "base_model_name_or_path": named[8:].decode(), "inference_mode": True,
     }
     with open(os.path.join(folder, "adapter_config.json"), "w") as file:

@@ -23,9 +23,9 @@ import warnings
 import numpy as np
 import torch
 
-from dump_reference import (adapted_shapes, answer_logits, difference, hugging_face_name, reference_model, split,
-                            transformers_model)
-from peft_files import export_peft, import_peft, read_lora
+from dump_reference import adapted_shapes, answer_logits, difference, reference_model, split, transformers_model
+from hugging_face import hugging_face_name
+from peft_files import export_peft, import_peft, key, read_lora
 from rigsa_file import (GOLDEN, U64, data_sections, mix, pack_config, read_file, tensor_shapes, unpack_config, write_file)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -158,9 +158,8 @@ def test_peft(fixture):
     alpha, parts = read_lora(f"{out}/lora.bin", fixture.shapes)
     check("alpha", alpha == ALPHA)
     for name, (a, b) in parts.items():
-        module = f"base_model.model.{hugging_face_name(name).removesuffix('.weight')}"
-        check_close(f"{name}.A after {UPDATES} updates", a, trained[f"{module}.lora_A.weight"], WEIGHTS)
-        check_close(f"{name}.B after {UPDATES} updates", b, trained[f"{module}.lora_B.weight"], WEIGHTS)
+        check_close(f"{name}.A after {UPDATES} updates", a, trained[key(name, "A")], WEIGHTS)
+        check_close(f"{name}.B after {UPDATES} updates", b, trained[key(name, "B")], WEIGHTS)
 
     folder, again = f"{fixture.folder}/exported", f"{fixture.folder}/again.bin"
     export_peft(f"{out}/lora.bin", fixture.base, folder)
