@@ -20,7 +20,7 @@
 
 #define METHODS "rigsa|full|eval|lora|random|ltsft|rosa|dense"
 enum { INIT_ZERO, INIT_GATED };
-enum { BASE_FP32, BASE_NF4 };
+enum { BASE_PLAIN, BASE_NF4 };
 static struct {
     char *lora;
     int init, base_type;
@@ -33,7 +33,7 @@ static struct {
     { "lora-alpha", REAL, &more.lora_alpha, "0 to 1e6", "0", "B A counts lora-alpha / rank times; 0: once" }, \
     { "lora-lr", REAL, &more.lora_lr, "0 to 10", "0", "learning rate of A and B; 0: --lr" }, \
     { "lora", TEXT, &more.lora, "FILE", "", "lora: start from this adapter; eval: evaluate it, of RoSA with its --ticket" }, \
-    { "base-type", CHOICE, &more.base_type, "fp32|nf4", "fp32", "lora, eval: W0 as it is, or in 4.127 bits (QLoRA)" }, \
+    { "base-type", CHOICE, &more.base_type, "plain|nf4", "plain", "lora, eval: W0 as it is, or in 4.127 bits (QLoRA)" }, \
     { "mask-after", COUNT, &more.mask_after, "0 to 1e9", "64", "rosa: updates of A and B before the mask is chosen" },
 #include "../train_rigsa.c"
 
@@ -407,7 +407,7 @@ static void prepare_baseline(Run *run)
     if (more.init == INIT_GATED && opt.method != METHOD_RANDOM) die("--init gated goes with --method random");
     if (*more.lora && opt.method != METHOD_LORA && opt.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
     if (opt.method <= METHOD_FULL) return;
-    if (opt.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_FP32) return;
+    if (opt.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_PLAIN) return;
     if (!given[option_find("weight-decay")] && opt.method != METHOD_DENSE && more.init != INIT_GATED) opt.weight_decay = 0;
     for (Tensor *t = model->tensors; t < end; t++) if (t->adapter >= 0) both += t->rows + t->cols;
     if (*more.lora) more.rank = lora_shape(more.lora).rank, more.lora_alpha = lora_shape(more.lora).alpha;
