@@ -33,6 +33,7 @@ MAKERS = {
     "base": "make it again, with dev/export_hf.py or the script that wrote it",
     "data": "make it again, with prepro_mnist.py or the script that wrote it",
     "tick": "train again with train_rigsa",
+    "stat": "start the run again",
     "dump": "run dev/dump_reference.py again",
 }
 
