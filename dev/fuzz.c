@@ -120,7 +120,7 @@ static void use_base(void)
     static Model model;
     model = (Model){ 0 };
     File file = base_open(&model, "input");
-    base_read(&model, &file);
+    base_read(&model, &file, 1);
     const Tensor *last = &model.tensors[model.base_tensors - 1];
     REQUIRE(isfinite(last->value[last->n - 1]));
     REQUIRE(memchr(model.name, 0, sizeof model.name));

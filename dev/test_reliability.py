@@ -100,14 +100,14 @@ def undisturbed(runs, name, *options):
     return runs.result(name)
 
 
-def disturb(runs, name, usual, expected, number, numbers, longest):
-    """Ends runs with signal `number` at random moments and resumes them, until `numbers` of them were hit; compares each result."""
+def disturb(runs, name, usual, expected, number, numbers, longest, threads=(1,)):
+    """Ends runs with signal `number` at random moments and resumes them, until it hit `numbers` times; compares each result."""
     hits = resumes = finished = 0
     while hits < numbers or not finished:
         out = f"{name}{finished}"
         saved = os.path.exists(runs.path(f"{out}/state.bin"))
         options = ["--resume", "--save-every", "0.02"] if saved else [*usual, "--save-every", "0.02", "--overwrite"]
-        process = runs.start(out, *options, threads=random.choice((1, 2)))
+        process = runs.start(out, *options, threads=random.choice(threads))
         try:
             process.wait(random.uniform(0, longest) if hits < numbers else None)
         except subprocess.TimeoutExpired:
@@ -128,11 +128,11 @@ def disturb(runs, name, usual, expected, number, numbers, longest):
 
 def test_killed(runs, long):
     expected = undisturbed(runs, "rigsa")
-    disturb(runs, "killed", runs.usual(), expected, signal.SIGKILL, 50 if long else 8, 1.5)
+    disturb(runs, "killed", runs.usual(), expected, signal.SIGKILL, 50 if long else 8, 1.5, (1, 2, 3))
 
 
 def test_terminated(runs, long):
-    options = ("--survivors", "redraw", "--keep", "0.8", "--threshold", "all", "--micro", "5")
+    options = ("--survivors", "redraw", "--keep", "0.8", "--threshold", "all", "--micro", "5", "--precision", "bf16")
     expected = undisturbed(runs, "redraw", *options)
     disturb(runs, "terminated", runs.usual(*options), expected, signal.SIGTERM, 20 if long else 3, 1.5)
     disturb(runs, "interrupted", runs.usual(*options), expected, signal.SIGINT, 20 if long else 2, 1.5)
@@ -312,7 +312,7 @@ def test_memory(runs, long):
     process = runs.start("enough", *usual)
     _, status, used = os.wait4(process.pid, 0)
     used = used.ru_maxrss * 1024e-6
-    check("no more memory than planned and 8 MB", status == 0 and used < planned + 8, f"{used} MB, planned {planned}")
+    check("no more memory than planned, and 16 MB", status == 0 and used < planned + 16, f"{used} MB, planned {planned}")
     print(f"    planned {planned} MB, used {used:.1f} MB")
 
 
