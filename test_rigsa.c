@@ -1257,15 +1257,47 @@ static struct {
     .length = { 4, 4, 3, 5 }, .answer = { 2, 2, 1, 4 }, .token = { 1, 2, 3, 4, 1, 2, 0, 0, 3, 3, 2, 1, 2, 3, 4, 0 },
     .choices = { 3, 1 }, .gold = { 2, 0 }, .chars = { 4, 5, 6, 7 }, .vocab = { 5, 4 }, .metric = "acc" };
 
-// A pruned adapter, in the middle of its second pass.
-static void sample_run(void)
+// The rig, in the middle of its second pass.
+static void sample_run(Run *run)
 {
-    Run *run = sample.run = rig_adapter(ODD, 0.3, REST_ZERO);
     opt.batch = 1, opt.examples = opt.ticket_examples = 3;
     run->settings = "settings";
     run->passes = 2, run->rows = 2, run->updates = 4;
     run->row = allocate(3, sizeof(Row));
     run->loss = allocate(6, sizeof(double));
+}
+
+// All that a run is, saved and loaded into another run: a dense adapter, a sparse one, all weights.
+static void test_state(void)
+{
+    char *path = in_folder("state");
+    for (int i = 0; i < 3; i++) {
+        Run *from = i < 2 ? rig_adapter(ODD, i ? 0.3 : 1, REST_ZERO) : rig_full(ODD, FEW, COUNT_OF(FEW));
+        Run *to = i < 2 ? rig_adapter(ODD, i ? 1 : 0.3, REST_ZERO) : rig_full(ODD, FEW, COUNT_OF(FEW));
+        Model *saved = &from->model, *loaded = &to->model;
+        size_t n = i < 2 ? adapter_entries(saved) + matrices(saved) : base_weights(saved);
+        opt.method = i < 2 ? METHOD_RIGSA : METHOD_FULL;
+        sample_run(from);
+        sample_run(to);
+        saved->draw = 3;
+        randomize(saved->m_arena, n, 1);
+        randomize(saved->v_arena, n, 1);
+        randomize((float *)from->loss, 8, 1);
+        randomize((float *)from->row, 2 * sizeof(Row) / 4, 1);
+        to->rows = to->updates = 0;
+        check("saved", state_save(from, path) == 0);
+        state_load(to, path);
+        if (i < 2) check_same("values", loaded->value_arena, saved->value_arena, n * sizeof(float));
+        else check_same("weights", loaded->base_arena, saved->base_arena, n * sizeof(float));
+        check_same("first moments", loaded->m_arena, saved->m_arena, n * sizeof(float));
+        check_same("second moments", loaded->v_arena, saved->v_arena, n * sizeof(float));
+        check_same("draw", &loaded->draw, &saved->draw, sizeof saved->draw);
+        check_same("rows", to->row, from->row, 2 * sizeof(Row));
+        check_same("losses", to->loss, from->loss, 4 * sizeof(double));
+        check("place", to->rows == 2 && to->updates == 4 && !loaded->index_arena == (i != 1));
+        if (i == 1) check_same("index", loaded->index_arena, saved->index_arena, adapter_entries(saved) * sizeof(uint32_t));
+    }
+    opt.method = METHOD_RIGSA;
 }
 
 static void sample_write(const char *kind, const char *path)
@@ -1311,7 +1343,7 @@ static void test_damaged_files(void)
         { "a section's hash", 56, 1, WHOLE, 0 }, { "the first section", 64, 1, WHOLE, 0 },
         { "the last section", -8, 1, WHOLE, 0 } };
     char what[96], *bad = in_folder("damaged");
-    sample_run();
+    sample_run(sample.run = rig_adapter(ODD, 0.3, REST_ZERO));
     for (int k = 0; k < 4; k++) {
         char *good = in_folder(kinds[k]);
         sample_write(kinds[k], good);
@@ -1335,7 +1367,7 @@ static void test_damaged_files(void)
 // Whole files in which one number cannot be.
 static void test_wrong_numbers(void)
 {
-    sample_run();
+    sample_run(sample.run = rig_adapter(ODD, 0.3, REST_ZERO));
     Run *run = sample.run;
     Model *model = &run->model;
     Config *config = &model->config;
@@ -1684,7 +1716,8 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "schedule", test_schedule }, { "order of the examples", test_visit_order },
     { "pruning, by hand", test_prune_by_hand },
     { "survivors, and a second round", test_survivors }, { "pruning is a sort", test_prune_is_a_sort },
-    { "empty masks", test_empty_masks }, { "save and load", test_save_and_load }, { "bf16", test_bf16 },
+    { "empty masks", test_empty_masks }, { "save and load", test_save_and_load }, { "a run's state", test_state },
+    { "bf16", test_bf16 },
     { "damaged files", test_damaged_files }, { "wrong numbers in files", test_wrong_numbers },
     { "the same bits on 1, 2, 3 and 5 threads", test_threads }, { "batches", test_batches },
     { "examples learnt by heart", test_overfit }, { "whole runs", test_whole_runs }, { "scores", test_scores },

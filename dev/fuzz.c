@@ -98,8 +98,8 @@ static void make_run(Run *run)
     for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
     model->base_arena = floats(n);
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; at += t++->n) t->value = model->base_arena + at;
-    opt.batch = 2, opt.examples = opt.ticket_examples = 6, opt.sigma = 0.1, opt.method = METHOD_RIGSA, opt.out = (char *)"out";
-    opt.ticket = (char *)"";
+    opt = (Options){ .base = (char *)"base", .data = (char *)"data", .evals = { (char *)"eval" }, .out = (char *)"out",
+                     .ticket = (char *)"", .method = METHOD_RIGSA, .batch = 2, .examples = 6, .ticket_examples = 6, .sigma = 0.1 };
     run->row = allocate(run->passes + 1, sizeof(Row));
     run->loss = allocate(updates_before(run, run->passes + 1), sizeof(double));
 }
