@@ -2808,6 +2808,7 @@ static void train(Run *run)
         print_row(run, row);
         save_or_warn(run);
     }
+    free_moments(model);                                    // the ticket of a dense adapter needs room for its index
     if (full) base_save(model, output_path("model.bin", path));
     else ticket_save(model, output_path("ticket.bin", path), run->settings);
     free(pruned);

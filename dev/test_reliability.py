@@ -10,6 +10,7 @@ The last line is `N passed, N failed`; the exit status says the same.
 """
 import argparse
 import csv
+import math
 import os
 import random
 import re
@@ -292,12 +293,11 @@ def test_command_lines(runs, long):
 def test_not_finite(runs, long):
     """Steps far too large: named, before the update, and the state stays."""
     status, said, err = runs.run("wild", *runs.usual("--lr", "10", "--weight-decay", "0", "--alpha-lr", "10", "--sigma", "1e6",
-                                              "--warmup", "0"))
+                                              "--warmup", "0", "--save-every", "0.0001"))
     named = re.search(r"^train_rigsa: 1, update \d+: (the gradient of|the output of layer|the loss) .*is not finite", err)
     check("named", status == 1 and named, err)
     check("with a cause", "smaller --lr" in err and err.count("\n") == 1, err)
-    sections = rigsa_file.read_file(runs.path("wild/state.bin"), "stat")
-    check("the state stays", len(sections["losses"]) == 0, len(sections["losses"]))
+    check("the state is good and leads to the same end", runs.run("wild", "--resume")[2] == err)
 
 
 def test_memory(runs, long):
@@ -317,6 +317,31 @@ def test_memory(runs, long):
     used = used.ru_maxrss * 1024e-6
     check("no more memory than planned, and 16 MB", status == 0 and used < planned + 16, f"{used} MB, planned {planned}")
     print(f"    planned {planned} MB, used {used:.1f} MB")
+    if long:
+        memory_135m(runs)
+
+
+def memory_135m(runs):
+    """One update in SmolLM2-135M's shape (of zeros, in bfloat16), just above and just below its plan."""
+    config = dict(dim=576, ffn=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192, tied=1, dtype=1,
+                  theta=1e5, eps=1e-5)
+    weights = 2 * sum(math.prod(shape) for _, shape in rigsa_file.tensor_shapes(config))
+    rigsa_file.write_file(runs.path("135m.bin"), "base", [("config", rigsa_file.pack_config(config)), ("weights", bytes(weights))])
+    examples = rigsa_file.data_sections(vocab=49152, examples=[([7] * 60, 59)], column="any", metric="exact")
+    rigsa_file.write_file(runs.path("any.bin"), "data", examples)
+    usual = runs.usual("--base", runs.path("135m.bin"), "--data", runs.path("any.bin"), "--eval", runs.path("any.bin"),
+                       "--rounds", "0", "--ticket-examples", "1", "--batch", "1")
+    status, said, err = runs.run("small135m", *usual, limits={resource.RLIMIT_AS: 1000000000})
+    planned = float(re.search(r"together ([\d.]+) MB", said)[1])
+    check("135M at 1 GB", status == 1 and f"{planned} MB are needed, 1000.0 are there" in err, err)
+    status, said, err = runs.run("below", *usual, limits={resource.RLIMIT_AS: int(planned * 1e6) - 1000000})
+    check("135M below", status == 1 and "are needed" in err and not os.path.exists(runs.path("below/state.bin")), err)
+    room = weights + 100000000                                          # the mapped file, and the program with its stacks
+    process = runs.start("above", *usual, limits={resource.RLIMIT_AS: int(planned * 1e6) + room})
+    said = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    check("135M above", status == 0, said + process.stderr.read())
+    print(f"    135M: planned {planned} MB, used {used.ru_maxrss * 1024e-6:.1f} MB, the base's {weights * 1e-6:.1f} MB file with it")
 
 
 TESTS = (test_killed, test_terminated, test_full, test_second_signal, test_disk_full, test_lock, test_other_settings,
