@@ -2376,21 +2376,16 @@ static int tables_save(const Run *run)
     return error;
 }
 
+// Returns 0 or an errno, of which it warns: a full disk may be empty again when the next save is due.
 static int save(Run *run)
 {
     char path[PATH_MAX];
     int error = state_save(run, output_path("state.bin", path));
-    run->saved = seconds();
-    return error ? error : tables_save(run);
-}
-
-// A full disk may be empty again when the next save is due.
-static void save_or_warn(Run *run)
-{
-    int error = save(run);
-    if (!error) return;
+    if (!error) error = tables_save(run);
     clear_line(run);
-    fprintf(stderr, "train_rigsa: warning: %s: not saved: %s; going on, the next save tries again\n", opt.out, strerror(error));
+    if (error) fprintf(stderr, "train_rigsa: warning: %s: not saved: %s; what was saved before stays\n", opt.out, strerror(error));
+    run->saved = seconds();
+    return error;
 }
 
 // Goes back to where the run was saved.
@@ -2442,9 +2437,7 @@ static void ask_to_stop(int number)
 static void stop_if_asked(Run *run)
 {
     if (!asked_to_stop) return;
-    int error = save(run);
-    clear_line(run);
-    if (error) die("%s: stopped, but not saved: %s; --resume goes on from the save before", opt.out, strerror(error));
+    if (save(run)) die("%s: stopped; --resume goes on from the save before", opt.out);
     printf("stopped and saved; this goes on with it:  ./train_rigsa --resume --out %s\n", opt.out);
     exit(128 + asked_to_stop);
 }
@@ -2539,7 +2532,7 @@ static void train_pass(Run *run, size_t pass, double density)
                    duration((now - run->start) * run->work / run->done, whole), (double)tokens / (now - begin));
             run->forecast = 1;
         }
-        if (opt.save_every > 0 && now - run->saved >= opt.save_every) save_or_warn(run);
+        if (opt.save_every > 0 && now - run->saved >= opt.save_every) save(run);
         stop_if_asked(run);
         if (now - last < 0.2) continue;
         progress(run, label, (double)t / (double)updates, smooth, (double)tokens / (now - begin));
@@ -2675,16 +2668,13 @@ static double memory_available(void)
     if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY) least = fmin(least, (double)space.rlim_cur);
     FILE *f = fopen("/proc/self/cgroup", "r");
     while (f && fgets(line, sizeof line, f)) {                  // "0::/ours" or "4:memory:/ours"
-        char *group = strstr(line, ":memory:"), *slash = line;
         int second = !strncmp(line, "0::/", 4);
-        if (!group && !second) continue;
-        line[strcspn(line, "\n")] = 0;
-        for (group = strchr(line, '/'); group && slash; ) {
+        char *group = second || strstr(line, ":memory:/") ? strchr(line, '/') : NULL;
+        for (char *end = group ? strchr(group, '\n') : NULL; end; end = strrchr(group, '/')) {
+            *end = 0;
             snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/memory.%s", second ? "" : "/memory", group,
                      second ? "max" : "limit_in_bytes");
             least = fmin(least, number_in(path, ""));
-            slash = strrchr(group, '/');
-            if (slash) *slash = 0;
         }
     }
     if (f) fclose(f);
@@ -2792,7 +2782,7 @@ static void train(Run *run)
         state_load(run, output_path("state.bin", path));
         for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
         printf("resumed after update %zu of %zu\n", run->updates, updates_before(run, run->passes + 1));
-    } else must_write(output_path("state.bin", path), save(run));   // what the disk has no room for should be known at once
+    } else must_write(path, state_save(run, output_path("state.bin", path)));   // is the disk too small? Better known at once
     must_write(path, write_whole(output_path("settings.txt", path), &(Part){ run->settings, strlen(run->settings) }, 1));
     run->saved = seconds();
     signal(SIGINT, ask_to_stop);
@@ -2806,7 +2796,7 @@ static void train(Run *run)
             report_pruning(row, pruned, matrices(model));
         }
         print_row(run, row);
-        save_or_warn(run);
+        save(run);
     }
     free_moments(model);                                    // the ticket of a dense adapter needs room for its index
     if (full) base_save(model, output_path("model.bin", path));
@@ -2859,19 +2849,10 @@ static void spin_briefly(char **argv)
     execv(self, argv);
 }
 
-// A file that is mapped into memory was cut short by somebody else.
-static void file_vanished(int number)
-{
-    static const char line[] = "train_rigsa: a file became shorter while it was being read; --resume goes on from the last save\n";
-    (void)!write(2, line, sizeof line - 1);
-    _exit(number == SIGBUS);
-}
-
 int main(int argc, char **argv)
 {
     static Run run;
     spin_briefly(argv);
-    signal(SIGBUS, file_vanished);
     setvbuf(stdout, NULL, _IOLBF, 0);                   // a log that is read while the run goes on
     run_whole(&run, argc, argv);
     return 0;
