@@ -33,7 +33,7 @@
 //     12  Memory        the table of tensors, the plan, the arenas
 //     13  Evaluation    exact match and multiple choice
 //     14  Options       one table
-//     15  Training      a pass, the rounds, the table of results, main
+//     15  Training      a pass, the saved state, the rounds, the table of results, main
 //
 // Letters, everywhere the same
 //      N  rows: all tokens of a batch, its sequences laid end to end       T  tokens of one sequence     S  sequences
@@ -2149,16 +2149,20 @@ static void option_read(const Option *o, char *text)
     for (char *word; (word = strsep(&text, " ")); ) list_add(o, o->where, word);
 }
 
-// One `name value` a line: what is printed at the start and saved with the run and with its ticket. A run may go on in another
-// folder, and be saved more often: those are not settings of it.
+// A run may go on in another folder, and be saved more often: those are not settings of it.
+static int is_setting(const Option *o)
+{
+    return o->where != &opt.out && o->where != &opt.save_every && o->where != &opt.resume && o->where != &opt.overwrite;
+}
+
+// One `name value` a line: what is printed at the start and saved with the run and with its ticket.
 static char *settings_text(void)
 {
     char *text;
     size_t size;
     FILE *to = open_memstream(&text, &size);
     for (const Option *o = table; o < table + OPTIONS; o++) {
-        if (o->where == &opt.out || o->where == &opt.save_every || o->where == &opt.resume || o->where == &opt.overwrite) continue;
-        if (o->type == TEXT && !**(char **)o->where) continue;
+        if (!is_setting(o) || (o->type == TEXT && !**(char **)o->where)) continue;
         fprintf(to, "%-16s", o->name);
         if (o->type == TEXT) fprintf(to, " %s", *(char **)o->where);
         if (o->type == FLAG) fprintf(to, *(int *)o->where ? " yes" : " no");
@@ -2191,7 +2195,7 @@ static char *settings_resume(void)
     file_close(&file);
     for (char *line; (line = strsep(&lines, "\n")) && *line; ) {
         int found = option_find(strsep(&line, " "));
-        if (found < 0 || !line) die("%s: damaged section `settings`; %s", path, mend("stat"));
+        if (found < 0 || !line || !is_setting(&table[found])) die("%s: damaged section `settings`; %s", path, mend("stat"));
         if (!given[found]++) option_read(&table[found], line + strspn(line, " "));
     }
     return saved;
