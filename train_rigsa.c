@@ -2781,6 +2781,8 @@ static void train(Run *run)
     int full = opt.method == METHOD_FULL;
     prepare_training(model);
     size_t all = adapter_entries(model);
+    signal(SIGINT, ask_to_stop);
+    signal(SIGTERM, ask_to_stop);
     signal(SIGXFSZ, SIG_IGN);                               // a file beyond ulimit -f is an error of write(), like a full disk
     if (opt.resume) {
         state_load(run, output_path("state.bin", path));
@@ -2789,8 +2791,6 @@ static void train(Run *run)
     } else must_write(path, state_save(run, output_path("state.bin", path)));   // is the disk too small? Better known at once
     must_write(path, write_whole(output_path("settings.txt", path), &(Part){ run->settings, strlen(run->settings) }, 1));
     run->saved = seconds();
-    signal(SIGINT, ask_to_stop);
-    signal(SIGTERM, ask_to_stop);
     for (size_t pass = run->rows; pass <= run->passes; pass++) {
         double density = (double)adapter_entries(model) / (double)all;
         train_pass(run, pass, density);
