@@ -15,9 +15,16 @@ export GOMP_SPINCOUNT=20000
 verdict() { if [ "$1" -eq 0 ]; then echo "passed  $2"; else echo "FAILED  $2"; failed=1; fi; }
 
 ticket() {          # the last line of a short run of $1 with $2 threads
-    OMP_NUM_THREADS=$2 "$1" --examples 160 --ticket-examples 160 --batch 8 --eval dev/nano/addition.bin --out "$work/out" --overwrite |
+    OMP_NUM_THREADS=$2 "$1" --examples 40 --ticket-examples 40 --batch 4 --rounds 2 --eval "$work/eval" --out "$work/out" --overwrite |
         tail -n 1
 }
+
+PYTHONPATH=dev python3 - "$work/eval" << 'end'
+import sys, rigsa_file
+questions = rigsa_file.read_examples("dev/nano/addition.bin")
+questions["examples"] = questions["examples"][:16]
+rigsa_file.write_file(sys.argv[1], "data", rigsa_file.data_sections(**questions))
+end
 
 # Each pair of compiler, OpenMP, optimisation and instruction set is in one of them.
 builds() {
@@ -52,7 +59,7 @@ threads() {
     clang -O1 -g -march=x86-64-v3 $strict $parallel -fsanitize=thread -o "$work/train" train_rigsa.c -lm
     OMP_NUM_THREADS=3 OMP_TOOL_LIBRARIES="$(ls /usr/lib/llvm-*/lib/libarcher.so 2> /dev/null | tail -n 1)" \
         TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=9" "$work/train" --examples 32 --ticket-examples 32 --batch 8 \
-        --eval dev/nano/addition.bin --out "$work/out" --overwrite > "$work/log" 2>&1
+        --eval "$work/eval" --out "$work/out" --overwrite > "$work/log" 2>&1
     verdict $? "ThreadSanitizer: $(grep -c 'WARNING: ThreadSanitizer' "$work/log") warnings"
 }
 
