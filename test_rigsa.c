@@ -1263,8 +1263,8 @@ static void sample_run(Run *run)
     opt.batch = 1, opt.examples = opt.ticket_examples = 3;
     run->settings = "settings";
     run->passes = 2, run->rows = 2, run->updates = 4;
-    run->row = allocate(3, sizeof(Row));
-    run->loss = allocate(6, sizeof(double));
+    run->row = allocate(4, sizeof(Row));                // one, and one loss, more than there can be
+    run->loss = allocate(7, sizeof(double));
 }
 
 // All that a run is, saved and loaded into another run: a dense adapter, a sparse one, all weights.
