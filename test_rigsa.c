@@ -980,8 +980,6 @@ static void test_frozen(void)
     }
 }
 
-static void update(const void *model) { model_update((Model *)model, 1, 1); }
-
 // Without a gradient, what is left of an update is decay. A gradient of norm 4 is scaled down to 1, in all tensors.
 static void test_update(void)
 {
@@ -1003,7 +1001,9 @@ static void test_update(void)
     const float moments[] = { delta->m[0], gates->v[count - 1] };
     check_close("not from 0.7", moments, (float[]){ 0.05f, 0.0125f }, 2, 1e-6);
     grad[0] = NAN;
-    check_dies("a gradient that is no number", update, model, "finite");
+    expected = copy_of(model->value_arena, bytes);
+    check("a gradient that is no number", !model_update(model, 1, 1));
+    check_same("nothing is updated then", model->value_arena, expected, bytes);
 }
 
 static void test_schedule(void)
@@ -1257,11 +1257,55 @@ static struct {
     .length = { 4, 4, 3, 5 }, .answer = { 2, 2, 1, 4 }, .token = { 1, 2, 3, 4, 1, 2, 0, 0, 3, 3, 2, 1, 2, 3, 4, 0 },
     .choices = { 3, 1 }, .gold = { 2, 0 }, .chars = { 4, 5, 6, 7 }, .vocab = { 5, 4 }, .metric = "acc" };
 
+// The rig, in the middle of its second pass.
+static void sample_run(Run *run)
+{
+    opt.batch = 1, opt.examples = opt.ticket_examples = 3;
+    run->settings = "settings";
+    run->passes = 2, run->rows = 2, run->updates = 4;
+    run->row = allocate(4, sizeof(Row));                // one, and one loss, more than there can be
+    run->loss = allocate(7, sizeof(double));
+}
+
+// All that a run is, saved and loaded into another run: a dense adapter, a sparse one, all weights.
+static void test_state(void)
+{
+    char *path = in_folder("state");
+    for (int i = 0; i < 3; i++) {
+        Run *from = i < 2 ? rig_adapter(ODD, i ? 0.3 : 1, REST_ZERO) : rig_full(ODD, FEW, COUNT_OF(FEW));
+        Run *to = i < 2 ? rig_adapter(ODD, i ? 1 : 0.3, REST_ZERO) : rig_full(ODD, FEW, COUNT_OF(FEW));
+        Model *saved = &from->model, *loaded = &to->model;
+        size_t n = i < 2 ? adapter_entries(saved) + matrices(saved) : base_weights(saved);
+        opt.method = i < 2 ? METHOD_RIGSA : METHOD_FULL;
+        sample_run(from);
+        sample_run(to);
+        saved->draw = 3;
+        randomize(saved->m_arena, n, 1);
+        randomize(saved->v_arena, n, 1);
+        randomize((float *)from->loss, 8, 1);
+        randomize((float *)from->row, 2 * sizeof(Row) / 4, 1);
+        to->rows = to->updates = 0;
+        check("saved", state_save(from, path) == 0);
+        state_load(to, path);
+        if (i < 2) check_same("values", loaded->value_arena, saved->value_arena, n * sizeof(float));
+        else check_same("weights", loaded->base_arena, saved->base_arena, n * sizeof(float));
+        check_same("first moments", loaded->m_arena, saved->m_arena, n * sizeof(float));
+        check_same("second moments", loaded->v_arena, saved->v_arena, n * sizeof(float));
+        check_same("draw", &loaded->draw, &saved->draw, sizeof saved->draw);
+        check_same("rows", to->row, from->row, 2 * sizeof(Row));
+        check_same("losses", to->loss, from->loss, 4 * sizeof(double));
+        check("place", to->rows == 2 && to->updates == 4 && !loaded->index_arena == (i != 1));
+        if (i == 1) check_same("index", loaded->index_arena, saved->index_arena, adapter_entries(saved) * sizeof(uint32_t));
+    }
+    opt.method = METHOD_RIGSA;
+}
+
 static void sample_write(const char *kind, const char *path)
 {
     Model *model = &sample.run->model;
     if (!strcmp(kind, "base")) base_save(model, path);
     if (!strcmp(kind, "tick")) ticket_save(model, path, "settings");
+    if (!strcmp(kind, "stat")) state_save(sample.run, path);
     if (!strcmp(kind, "data"))
         file_write(path, kind, (Section[]){ { "vocab", sample.vocab, sizeof sample.vocab },
             { "length", sample.length, sizeof sample.length }, { "answer", sample.answer, sizeof sample.answer },
@@ -1279,12 +1323,13 @@ static void open_file(const void *argument)
     if (!strcmp(opening->kind, "data")) data_open(opening->path);
     if (!strcmp(opening->kind, "base")) base_load(&model, opening->path);
     if (!strcmp(opening->kind, "tick")) build_table(&model), ticket_load(&model, opening->path);
+    if (!strcmp(opening->kind, "stat")) state_load(sample.run, opening->path);
 }
 
 // A word of the file changed, or its end cut off, or lengthened: no kind of file is taken then.
 static void test_damaged_files(void)
 {
-    static const char *const kinds[] = { "base", "data", "tick" };
+    static const char *const kinds[] = { "base", "data", "tick", "stat" };
     enum { WHOLE = 1 << 30 };
     static const struct { const char *what; int at; uint32_t change; size_t longest; int more; } damages[] = {
         { "nothing left", 0, 0, 0, 0 }, { "half a header", 0, 0, 20, 0 }, { "only a header", 0, 0, 32, 0 },
@@ -1298,12 +1343,12 @@ static void test_damaged_files(void)
         { "a section's hash", 56, 1, WHOLE, 0 }, { "the first section", 64, 1, WHOLE, 0 },
         { "the last section", -8, 1, WHOLE, 0 } };
     char what[96], *bad = in_folder("damaged");
-    sample.run = rig_adapter(ODD, 0.3, REST_ZERO);
-    for (int k = 0; k < 3; k++) {
+    sample_run(sample.run = rig_adapter(ODD, 0.3, REST_ZERO));
+    for (int k = 0; k < 4; k++) {
         char *good = in_folder(kinds[k]);
         sample_write(kinds[k], good);
         check("the undamaged file", child(open_file, &(Opening){ kinds[k], good }) == 0);
-        check_dies("as another kind", open_file, &(Opening){ kinds[(k + 1) % 3], good }, good);
+        check_dies("as another kind", open_file, &(Opening){ kinds[(k + 1) % 4], good }, good);
         File file = file_open(good, kinds[k]);
         for (size_t d = 0; d < COUNT_OF(damages); d++) {
             size_t length = min_size(file.length, damages[d].longest) + (size_t)damages[d].more;
@@ -1322,8 +1367,9 @@ static void test_damaged_files(void)
 // Whole files in which one number cannot be.
 static void test_wrong_numbers(void)
 {
-    sample.run = rig_adapter(ODD, 0.3, REST_ZERO);
-    Model *model = &sample.run->model;
+    sample_run(sample.run = rig_adapter(ODD, 0.3, REST_ZERO));
+    Run *run = sample.run;
+    Model *model = &run->model;
     Config *config = &model->config;
     uint32_t *index = model->index_arena, *last = index + delta_tensor(model, 0)->n - 1, size = ODD.H * ODD.D * ODD.C;
     const struct { const char *kind, *what; void *where; uint32_t wrong; const char *word; } cases[] = {
@@ -1341,6 +1387,12 @@ static void test_wrong_numbers(void)
         { "data", "an empty choice", &sample.chars[3], 0, "choice 3" },
         { "data", "too many choices", &sample.choices[0], 4, "choices" },
         { "tick", "another base", &model->hash, 1, "not for" }, { "tick", "an unknown rest", &model->rest, 2, "init" },
+        { "stat", "a pass too many", &run->rows, 4, "damaged" }, { "stat", "an update too few", &run->updates, 2, "damaged" },
+        { "stat", "an update too many", &run->updates, 7, "damaged" }, { "stat", "another base", &run->hash[0], 1, "changed" },
+        { "stat", "a moment is NaN", run->model.m_arena, 0x7fc00000, "`m`" },
+        { "stat", "a gate is infinite", gates_tensor(model)->value, 0x7f800000, "`gates`" },
+        { "base", "a weight is NaN", &model->base_arena[7], 0x7fc00000, "embed" },
+        { "tick", "a value is NaN", &model->value_arena[1], 0xffc00000, "`values`" },
         { "tick", "an index twice", &index[1], index[0], "ascending" },
         { "tick", "an index outside", last, size, "within" } };
     char *path = in_folder("wrong");
@@ -1862,7 +1914,8 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "schedule", test_schedule }, { "order of the examples", test_visit_order },
     { "pruning, by hand", test_prune_by_hand },
     { "survivors, and a second round", test_survivors }, { "pruning is a sort", test_prune_is_a_sort },
-    { "empty masks", test_empty_masks }, { "save and load", test_save_and_load }, { "bf16", test_bf16 },
+    { "empty masks", test_empty_masks }, { "save and load", test_save_and_load }, { "a run's state", test_state },
+    { "bf16", test_bf16 },
     { "damaged files", test_damaged_files }, { "wrong numbers in files", test_wrong_numbers },
     { "the same bits on 1, 2, 3 and 5 threads", test_threads }, { "batches", test_batches },
     { "examples learnt by heart", test_overfit }, { "whole runs", test_whole_runs }, { "scores", test_scores },

@@ -33,7 +33,7 @@
 //     12  Memory        the table of tensors, the plan, the arenas
 //     13  Evaluation    exact match, multiple choice, greedy generation
 //     14  Options       one table
-//     15  Training      a pass, the rounds, the table of results, main
+//     15  Training      a pass, the saved state, the rounds, the table of results, main
 //
 // Letters, everywhere the same
 //      N  rows: all tokens of a batch, its sequences laid end to end       T  tokens of one sequence     S  sequences
@@ -49,12 +49,15 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -201,17 +204,18 @@ static const char *const KIND[ADAPTED] = { "q", "k", "v", "o", "gate", "up", "do
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. Utilities
 
-// A user's error: one line that says what is wrong, where, and what to run to mend it.
+// A user's error: one line, whatever a file had us quote, that says what is wrong, where, and what to run to mend it.
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...)
 {
+    char text[2 * PATH_MAX];
     va_list arguments;
-    fflush(stdout);
-    fprintf(stderr, "%strain_rigsa: ", isatty(2) ? "\r\033[K" : "");
     va_start(arguments, format);
-    vfprintf(stderr, format, arguments);
+    vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    fputc('\n', stderr);
+    for (char *c = text; *c; c++) if (iscntrl((unsigned char)*c)) *c = '?';
+    fflush(stdout);
+    fprintf(stderr, "%strain_rigsa: %s\n", isatty(2) ? "\r\033[K" : "", text);
     exit(1);
 }
 
@@ -236,6 +240,14 @@ static double seconds(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int all_finite(const float *x, size_t n)
+{
+    int bad = 0;
+    #pragma omp parallel for reduction(|:bad)
+    for (size_t i = 0; i < n; i++) bad |= !isfinite(x[i]);
+    return !bad;
 }
 
 #define GOLDEN 0x9E3779B97F4A7C15u          // 2^64 / golden ratio: consecutive multiples are spread evenly
@@ -1306,13 +1318,15 @@ static double gradient_norm(const Model *model)
 
 // One update of everything that is trained, the t-th (from 1) of its pass; `factor` of the schedule scales all learning rates.
 // Gradients whose norm exceeds CLIP are scaled down to it: one wild batch must not undo what the others taught.
-static void model_update(Model *model, size_t t, float factor)
+// Returns 0, and changes nothing, if the gradient is not finite.
+static int model_update(Model *model, size_t t, float factor)
 {
     double norm = gradient_norm(model);
-    if (!isfinite(norm)) die("the gradient of update %zu is not finite; a smaller --lr or --alpha-lr may help", t);
+    if (!isfinite(norm)) return 0;
     float clip = norm > CLIP ? (float)(CLIP / norm) : 1;
     for (Tensor *p = model->tensors; p < model->tensors + model->all_tensors; p++)
         if (p->grad) adamw(p->value, p->grad, p->m, p->v, p->n, p->lr * factor, p->decay, clip, t);
+    return 1;
 }
 
 static void model_zero_grad(Model *model)
@@ -1390,6 +1404,14 @@ static void rewind_adapter(Model *model)
 
 static void trained_arenas(Model *model, Tensor *first, Tensor *end);
 
+// Makes room for what takes the place of the adapter.
+static void free_moments(Model *model)
+{
+    free(model->m_arena);
+    free(model->v_arena);
+    model->m_arena = model->v_arena = NULL;
+}
+
 // One round of pruning: fills pruned (matrices), shrinks what is stored to the survivors, zeroes gradients and moments, and
 // sends the survivors where `survivors` says. The magnitudes to select from borrow the gradients' memory, which are done with.
 static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors survivors)
@@ -1411,6 +1433,7 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
     }
     if (over == THRESHOLD_ALL) kept = (cut[0] = cut_magnitudes(magnitude, candidates, keep)).kept;
 
+    free_moments(model);
     uint32_t *index = allocate(kept, sizeof(uint32_t));
     float *value = floats(kept + count);                        // the survivors, and after them the gates
     size_t at = 0;
@@ -1461,6 +1484,7 @@ static const char *mend(const char *kind)
 {
     if (!strcmp(kind, "base")) return "make it again with dev/export_hf.py (dev/nano/base.bin: `make nano`)";
     if (!strcmp(kind, "data")) return "make it again with prepro_mnist.py (files of dev/nano: `make nano`)";
+    if (!strcmp(kind, "stat")) return "start again without --resume";
     return "train it again";
 }
 
@@ -1468,7 +1492,7 @@ static const char *mend(const char *kind)
 static File file_open(const char *path, const char *kind)
 {
     struct stat info;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);             // a pipe must not make us wait
     if (fd < 0 || fstat(fd, &info)) die("%s: %s; %s", path, strerror(errno), mend(kind));
     if (!S_ISREG(info.st_mode)) die("%s: not a file; %s", path, mend(kind));
     File file = { path, kind, NULL, (size_t)info.st_size };
@@ -1480,7 +1504,7 @@ static File file_open(const char *path, const char *kind)
     memcpy(&header, file.bytes, sizeof header);
     if (memcmp(header.magic, MAGIC, 8)) die("%s: not a file of rigsa.c; %s", path, mend(kind));
     if (header.version == 0x01000000) die("%s: written on a big-endian machine; %s", path, mend(kind));
-    if (header.version != 1) die("%s: version %u, this program reads version 1", path, header.version);
+    if (header.version != 1) die("%s: version %u, this program reads version 1; take a newer one", path, header.version);
     if (memcmp(header.kind, kind, 4)) die("%s: holds `%.4s`, `%s` is needed here", path, header.kind, kind);
     if (header.length != file.length)
         die("%s: %zu bytes where %llu were written; %s", path, file.length, (unsigned long long)header.length, mend(kind));
@@ -1528,33 +1552,62 @@ static const void *needed(const File *file, const char *tag, size_t count, size_
     return data;
 }
 
-// Writes to a temporary name, syncs and renames: whatever happens, `path` is either the old file or the new one, whole.
-static void file_write(const char *path, const char *kind, const Section *sections, size_t count)
+// The same, of numbers that must be finite.
+static const float *numbers(const File *file, const char *tag, size_t count)
 {
-    static const char zeros[8];
+    const float *x = needed(file, tag, count, sizeof(float));
+    if (!all_finite(x, count)) die("%s: section `%s` has a number that is not finite; %s", file->path, tag, mend(file->kind));
+    return x;
+}
+
+// Writes the parts to a temporary name, syncs, renames, and syncs the folder: whatever happens, `path` is either the old file or
+// the new one, whole. Returns 0, or the errno of what went wrong.
+typedef struct { const void *data; size_t length; } Part;
+
+static int write_whole(const char *path, const Part *part, size_t count)
+{
     char temporary[PATH_MAX + 8];
-    FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
-    memcpy(header.magic, MAGIC, 8);
-    memcpy(header.kind, kind, 4);
-    for (size_t s = 0; s < count; s++) header.length += sizeof(SectionHeader) + padded(sections[s].length);
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
     FILE *f = fopen(temporary, "wb");
-    int good = f && fwrite(&header, sizeof header, 1, f) == 1;
-    for (size_t s = 0; good && s < count; s++) {
-        SectionHeader head = { .length = sections[s].length, .hash = hash64(sections[s].data, sections[s].length) };
-        memcpy(head.tag, sections[s].tag, min_size(strlen(sections[s].tag), sizeof head.tag));
-        size_t padding = padded(head.length) - head.length;
-        good = fwrite(&head, sizeof head, 1, f) == 1 && fwrite(sections[s].data, 1, head.length, f) == head.length
-            && fwrite(zeros, 1, padding, f) == padding;
-    }
-    good = good && !fflush(f) && !fsync(fileno(f));
-    int error = errno;
-    if (f && fclose(f)) good = 0;
-    if (!good || rename(temporary, path)) {
-        unlink(temporary);
-        die("%s: cannot be written: %s", path, strerror(error ? error : errno));
-    }
+    if (!f) return errno;
+    int good = 1, error = 0;
+    for (size_t i = 0; good && i < count; i++) good = fwrite(part[i].data, 1, part[i].length, f) == part[i].length;
+    if (!good || fflush(f) || fsync(fileno(f))) error = errno;
+    if (fclose(f) && !error) error = errno;
+    if (!error && rename(temporary, path)) error = errno;
+    if (error) { unlink(temporary); return error; }
+    char *slash = strrchr(temporary, '/');
+    if (slash) *slash = 0;
+    int folder = open(slash ? temporary : ".", O_RDONLY);
+    if (folder >= 0) fsync(folder), close(folder);
+    return 0;
 }
+
+static int file_write(const char *path, const char *kind, const Section *sections, size_t count)
+{
+    static const char zeros[8];
+    FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
+    SectionHeader *head = allocate(count, sizeof *head);
+    Part *part = allocate(1 + 3 * count, sizeof(Part));
+    memcpy(header.magic, MAGIC, 8);
+    memcpy(header.kind, kind, 4);
+    part[0] = (Part){ &header, sizeof header };
+    for (size_t s = 0; s < count; s++) {
+        size_t length = sections[s].length;
+        head[s] = (SectionHeader){ .length = length, .hash = hash64(sections[s].data, length) };
+        memcpy(head[s].tag, sections[s].tag, min_size(strlen(sections[s].tag), sizeof head[s].tag));
+        part[3 * s + 1] = (Part){ &head[s], sizeof head[s] };
+        part[3 * s + 2] = (Part){ sections[s].data, length };
+        part[3 * s + 3] = (Part){ zeros, padded(length) - length };
+        header.length += sizeof head[s] + padded(length);
+    }
+    int error = write_whole(path, part, 1 + 3 * count);
+    free(head);
+    free(part);
+    return error;
+}
+
+static void must_write(const char *path, int error) { if (error) die("%s: cannot be written: %s", path, strerror(error)); }
 
 // Examples, and evaluations: tokens, and where the answer starts. The arrays point into the mapped file.
 typedef struct {
@@ -1597,6 +1650,7 @@ static void data_text(char *to, size_t size, const File *file, const char *tag)
     size_t n;
     const char *text = section(file, tag, &n);
     snprintf(to, size, "%.*s", text ? (int)min_size(n, size - 1) : 0, text ? text : "");
+    for (; *to; to++) if (iscntrl((unsigned char)*to) || *to == ',') die("%s: section `%s` is not a name", file->path, tag);
 }
 
 // Two choices of a question begin with the same tokens: with its context, at least.
@@ -1701,10 +1755,10 @@ static void base_save(const Model *model, const char *path)
     Config config = model->config;
     config.dtype = 0;
     for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
-    file_write(path, "base", (Section[]){
+    must_write(path, file_write(path, "base", (Section[]){
         { "config", &config, sizeof config },
         { "name", model->name, strlen(model->name) },
-        { "weights", model->base_arena, n * sizeof(float) } }, 3);
+        { "weights", model->base_arena, n * sizeof(float) } }, 3));
 }
 
 // What a ticket needs besides mask, values and gates to make the same W again.
@@ -1717,6 +1771,18 @@ static size_t adapter_entries(Model *model)
     return n;
 }
 
+// What a ticket and a training state say of the adapter: four sections, but without an index if it is dense; returns how many.
+static size_t adapter_sections(Model *model, Section to[4], uint64_t *entries)
+{
+    size_t count = matrices(model), n = adapter_entries(model);
+    for (size_t a = 0; a < count; a++) entries[a] = delta_tensor(model, a)->n;
+    to[0] = (Section){ "gates", gates_tensor(model)->value, count * sizeof(float) };
+    to[1] = (Section){ "entries", entries, count * sizeof(uint64_t) };
+    to[2] = (Section){ "values", delta_tensor(model, 0)->value, n * sizeof(float) };
+    to[3] = (Section){ "index", model->index_arena, n * sizeof(uint32_t) };
+    return model->index_arena ? 4 : 3;
+}
+
 static void ticket_save(Model *model, const char *path, const char *settings)
 {
     size_t count = matrices(model), n = adapter_entries(model);
@@ -1725,20 +1791,14 @@ static void ticket_save(Model *model, const char *path, const char *settings)
     memcpy(base, &model->hash, 8);
     memcpy(base + 8, model->name, sizeof model->name);
     uint64_t *entries = allocate(count, sizeof(uint64_t));
-    for (size_t a = 0; a < count; a++) entries[a] = delta_tensor(model, a)->n;
     uint32_t *everywhere = NULL;                                        // a dense adapter has no index: its mask is full
-    if (!model->index_arena) {
-        everywhere = allocate(n, sizeof(uint32_t));
+    Section section[7] = { { "base", base, 8 + strlen(model->name) }, { "settings", settings, strlen(settings) },
+                           { "init", &init, sizeof init } };
+    if (adapter_sections(model, section + 3, entries) == 3) {
+        section[6].data = everywhere = allocate(n, sizeof(uint32_t));
         for (size_t a = 0, at = 0; a < count; a++) for (size_t k = 0; k < entries[a]; k++) everywhere[at++] = (uint32_t)k;
     }
-    file_write(path, "tick", (Section[]){
-        { "base", base, 8 + strlen(model->name) },
-        { "settings", settings, strlen(settings) },
-        { "init", &init, sizeof init },
-        { "gates", gates_tensor(model)->value, count * sizeof(float) },
-        { "entries", entries, count * sizeof(uint64_t) },
-        { "index", everywhere ? everywhere : model->index_arena, n * sizeof(uint32_t) },
-        { "values", delta_tensor(model, 0)->value, n * sizeof(float) } }, 7);
+    must_write(path, file_write(path, "tick", section, 7));
     free(entries);
     free(everywhere);
 }
@@ -1756,46 +1816,55 @@ static uint64_t ticket_hash(Model *model)
     return hash;
 }
 
-// Gives the model the adapter of a ticket. Its tensors are for evaluation: they have no gradients.
+// Gives the model the adapter that adapter_sections described, without gradients.
+static void adapter_load(Model *model, const File *file)
+{
+    size_t count = matrices(model), n = 0, full = 0, at = 0, length;
+    const uint64_t *entries = needed(file, "entries", count, sizeof(uint64_t));
+    for (size_t a = 0; a < count; a++) {
+        Tensor *delta = delta_tensor(model, a);
+        if (entries[a] > delta->rows * delta->cols) die("%s: more entries than %s has", file->path, delta->name);
+        n += entries[a];
+        full += delta->rows * delta->cols;
+    }
+    const float *value = numbers(file, "values", n), *gate = numbers(file, "gates", count);
+    const uint32_t *index = n == full && !section(file, "index", &length) ? NULL : needed(file, "index", n, sizeof(uint32_t));
+    free(model->index_arena);
+    free(model->value_arena);
+    model->index_arena = index ? memcpy(allocate(n, sizeof(uint32_t)), index, n * sizeof(uint32_t)) : NULL;
+    model->value_arena = memcpy(floats(n + count), value, n * sizeof(float));
+    gates_tensor(model)->value = memcpy(model->value_arena + n, gate, count * sizeof(float));
+    for (size_t a = 0; a < count; at += entries[a++]) {
+        Tensor *delta = delta_tensor(model, a);
+        delta->index = index ? model->index_arena + at : NULL;
+        delta->value = model->value_arena + at;
+        delta->n = entries[a];
+        for (size_t k = 0; index && k < delta->n; k++)
+            if (delta->index[k] >= delta->rows * delta->cols || (k && delta->index[k] <= delta->index[k - 1]))
+                die("%s: the index of %s is not ascending within the matrix", file->path, delta->name);
+    }
+    model->adapter = RIGSA;
+}
+
+// Gives the model the adapter of a ticket, for evaluation.
 static void ticket_load(Model *model, const char *path)
 {
     File file = file_open(path, "tick");
-    size_t count = matrices(model), n = 0, length, at = 0;
+    size_t length;
     const char *base = section(&file, "base", &length);
     uint64_t hash;
     if (!base || length < 8) die("%s: does not name its base", path);
     memcpy(&hash, base, 8);
     if (hash != model->hash)
-        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", path, (int)(length - 8), base + 8,
+        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", path, (int)min_size(length - 8, 63), base + 8,
             (unsigned long long)hash, model->name, (unsigned long long)model->hash);
     const TicketInit *init = needed(&file, "init", 1, sizeof *init);
-    const uint64_t *entries = needed(&file, "entries", count, sizeof(uint64_t));
-    for (size_t a = 0; a < count; a++) {
-        Tensor *delta = delta_tensor(model, a);
-        if (entries[a] > delta->rows * delta->cols) die("%s: more entries than %s has", path, delta->name);
-        n += entries[a];
-    }
-    if (init->rest > REST_INIT || !(init->sigma >= 0)) die("%s: damaged section `init`", path);
+    if (init->rest > REST_INIT || !(init->sigma >= 0 && init->sigma < INFINITY)) die("%s: damaged section `init`", path);
     model->seed = init->seed;
     model->draw = init->draw;
     model->rest = init->rest;
     model->sigma = init->sigma;
-    model->index_arena = allocate(n, sizeof(uint32_t));
-    model->value_arena = floats(n + count);
-    memcpy(model->index_arena, needed(&file, "index", n, sizeof(uint32_t)), n * sizeof(uint32_t));
-    memcpy(model->value_arena, needed(&file, "values", n, sizeof(float)), n * sizeof(float));
-    memcpy(model->value_arena + n, needed(&file, "gates", count, sizeof(float)), count * sizeof(float));
-    for (size_t a = 0; a < count; at += entries[a++]) {
-        Tensor *delta = delta_tensor(model, a);
-        delta->index = model->index_arena + at;
-        delta->value = model->value_arena + at;
-        delta->n = entries[a];
-        for (size_t k = 0; k < delta->n; k++)
-            if (delta->index[k] >= delta->rows * delta->cols || (k && delta->index[k] <= delta->index[k - 1]))
-                die("%s: the index of %s is not ascending within the matrix", path, delta->name);
-    }
-    gates_tensor(model)->value = model->value_arena + n;
-    model->adapter = RIGSA;
+    adapter_load(model, &file);
     file_close(&file);
 }
 
@@ -1811,7 +1880,7 @@ static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const c
     va_end(arguments);
 }
 
-static void check_config(const Config *c, const char *path)
+static void check_config(const Config *c, const char *path, size_t length)
 {
     const char *name[] = { "dim", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab" };
     const uint32_t size[] = { c->C, c->F, c->L, c->H, c->KV, c->D, c->V };
@@ -1821,6 +1890,7 @@ static void check_config(const Config *c, const char *path)
     if (c->tied > 1 || c->dtype > 1) die("%s: tied is %u, dtype is %u, both must be 0 or 1", path, c->tied, c->dtype);
     if (!(c->theta > 0 && c->eps > 0 && c->theta < INFINITY && c->eps < 1)) die("%s: theta %g, eps %g", path, c->theta, c->eps);
     if (max_size(c->F, (size_t)c->H * c->D) * c->C > UINT32_MAX) die("%s: a matrix is too large for 32-bit indices", path);
+    if ((size_t)c->L * PER_LAYER > length) die("%s: %u layers in %zu bytes", path, c->L, length);
 }
 
 // The table: base tensors in the order of the file, then DeltaW of every adapted matrix, then the gates.
@@ -1856,7 +1926,7 @@ static File base_open(Model *model, const char *path)
 {
     File file = file_open(path, "base");
     memcpy(&model->config, needed(&file, "config", 1, sizeof(Config)), sizeof(Config));
-    check_config(&model->config, path);
+    check_config(&model->config, path, file.length);
     build_table(model);
     data_text(model->name, sizeof model->name, &file, "name");
     return file;
@@ -1878,6 +1948,9 @@ static void base_read(Model *model, File *file, int trained)
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; from += bytes * t++->n) {
         const float *single = (const float *)from;
         const uint16_t *brain = (const uint16_t *)from;
+        int finite = 1;
+        for (size_t i = 0; i < t->n; i++) finite &= isfinite(bytes == 2 ? widen_bf16(brain[i]) : single[i]) != 0;
+        if (!finite) die("%s: %s has a weight that is not finite; %s", file->path, t->name, mend("base"));
         if (half && t->adapter >= 0) {
             for (size_t i = 0; i < t->n; i++) narrow[i] = bytes == 2 ? brain[i] : (uint16_t)round_bf16(single[i]);
             t->half = narrow;
@@ -1897,8 +1970,7 @@ static void trained_arenas(Model *model, Tensor *first, Tensor *end)
 {
     size_t n = 0, at = 0;
     free(model->grad_arena);
-    free(model->m_arena);
-    free(model->v_arena);
+    free_moments(model);
     for (Tensor *t = first; t < end; t++) n += t->n;
     model->grad_arena = floats(n);
     model->m_arena = floats(n);
@@ -2209,10 +2281,9 @@ enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL };
 
 typedef struct {
     char *base, *data, *evals[MAX_EVALS], *out, *ticket, *details;
-    int method, rest, survivors, threshold, overwrite;
-    int precision, recompute;
+    int method, rest, survivors, threshold, precision, recompute, resume, overwrite;
     double examples, ticket_examples, rounds, batch, micro, seed;
-    double lr, alpha_lr, sigma, weight_decay, keep, warmup, cooldown;
+    double lr, alpha_lr, sigma, weight_decay, keep, warmup, cooldown, save_every;
 } Options;
 
 static Options opt;
@@ -2261,6 +2332,8 @@ static const Option table[] = {
     { "survivors", CHOICE, &opt.survivors, "rewind|keep|redraw", "rewind", "back to initial values, kept, or drawn afresh" },
     { "threshold", CHOICE, &opt.threshold, "matrix|all", "matrix", "compare magnitudes within each matrix, or over all" },
     { "seed", COUNT, &opt.seed, "0 to 9e15", "1", "of DeltaW and of the order of the data" },
+    { "save-every", REAL, &opt.save_every, "0 to 1e9", "300", "seconds between saves of the run; 0: only after each round" },
+    { "resume", FLAG, &opt.resume, "", "", "go on with the run that the output folder holds, with its settings" },
     { "overwrite", FLAG, &opt.overwrite, "", "", "replace the run that the output folder holds" },
     MORE_OPTIONS
 };
@@ -2301,6 +2374,13 @@ static int parse_choice(const char *words, const char *text)
     }
 }
 
+// The word at this place.
+static void choice_word(char *to, size_t size, const char *words, int place)
+{
+    while (place--) words += strcspn(words, "|") + 1;
+    snprintf(to, size, "%.*s", (int)strcspn(words, "|"), words);
+}
+
 // Appends to a list of at most MAX_EVALS.
 static void list_add(const Option *o, char **list, char *text)
 {
@@ -2316,7 +2396,7 @@ static void option_set(const Option *o, char *text)
     case TEXT: *(char **)o->where = text; break;
     case LIST: list_add(o, o->where, text); break;
     case COUNT: case REAL: *(double *)o->where = parse_number(o, text); break;
-    case FLAG: *(int *)o->where = 1; break;
+    case FLAG: *(int *)o->where = !text || !strcmp(text, "yes"); break;
     case CHOICE:
         *(int *)o->where = parse_choice(o->range, text);
         if (*(int *)o->where < 0) die("--%s: `%s` is none of %s", o->name, text, o->range);
@@ -2329,6 +2409,27 @@ static int option_find(const char *name)
     return -1;
 }
 
+// A file of the output folder.
+static char *output_path(const char *name, char path[PATH_MAX])
+{
+    if (snprintf(path, PATH_MAX, "%s/%s", opt.out, name) >= PATH_MAX) die("--out: too long a path");
+    return path;
+}
+
+// A default, or what a saved run had. A list is words.
+static void option_read(const Option *o, char *text)
+{
+    if (o->type != LIST) { option_set(o, text); return; }
+    memset(o->where, 0, MAX_EVALS * sizeof(char *));
+    for (char *word; (word = strsep(&text, " ")); ) list_add(o, o->where, word);
+}
+
+// A run may go on in another folder, and be saved more often: those are not settings of it.
+static int is_setting(const Option *o)
+{
+    return o->where != &opt.out && o->where != &opt.save_every && o->where != &opt.resume && o->where != &opt.overwrite;
+}
+
 // One `name value` a line: what is printed at the start and saved with the run and with its ticket.
 static char *settings_text(void)
 {
@@ -2336,15 +2437,21 @@ static char *settings_text(void)
     size_t size;
     FILE *to = open_memstream(&text, &size);
     for (const Option *o = table; o < table + OPTIONS; o++) {
-        if (o->type == FLAG || (o->type == TEXT && !**(char **)o->where)) continue;
+        if (!is_setting(o) || (o->type == TEXT && !**(char **)o->where)) continue;
         fprintf(to, "%-16s", o->name);
         if (o->type == TEXT) fprintf(to, " %s", *(char **)o->where);
+        if (o->type == FLAG) fprintf(to, *(int *)o->where ? " yes" : " no");
         if (o->type == LIST) for (char **e = o->where; e < (char **)o->where + MAX_EVALS && *e; e++) fprintf(to, " %s", *e);
-        if (o->type == COUNT || o->type == REAL) fprintf(to, " %.15g", *(double *)o->where);
+        if (o->type == COUNT || o->type == REAL) {
+            char number[32];
+            snprintf(number, sizeof number, "%.15g", *(double *)o->where);      // as it was written, if that says it all
+            if (strtod(number, NULL) != *(double *)o->where) snprintf(number, sizeof number, "%.17g", *(double *)o->where);
+            fprintf(to, " %s", number);
+        }
         if (o->type == CHOICE) {
-            const char *word = o->range;
-            for (int i = 0; i < *(int *)o->where; i++) word += strcspn(word, "|") + 1;
-            fprintf(to, " %.*s", (int)strcspn(word, "|"), word);
+            char word[32];
+            choice_word(word, sizeof word, o->range, *(int *)o->where);
+            fprintf(to, " %s", word);
         }
         fputc('\n', to);
     }
@@ -2352,13 +2459,42 @@ static char *settings_text(void)
     return text;
 }
 
+// Options that the user did not give are what they were in the saved run. Returns its settings.
+static char *settings_resume(void)
+{
+    char path[PATH_MAX];
+    size_t length;
+    File file = file_open(output_path("state.bin", path), "stat");
+    const char *text = section(&file, "settings", &length);
+    char *saved = strndup(text ? text : "", length), *lines = strdup(saved);
+    file_close(&file);
+    for (char *line; (line = strsep(&lines, "\n")) && *line; ) {
+        int found = option_find(strsep(&line, " "));
+        if (found < 0 || !line || !is_setting(&table[found])) die("%s: damaged section `settings`; %s", path, mend("stat"));
+        if (!given[found]++) option_read(&table[found], line + strspn(line, " "));
+    }
+    return saved;
+}
+
+static const char *setting_value(const char *line)
+{
+    line += strcspn(line, " ");
+    return line + strspn(line, " ");
+}
+
+// Those that the user did give must be the same.
+static void settings_agree(char *ours, char *saved)
+{
+    for (char *line; (line = strsep(&ours, "\n")) && *line; ) {
+        const char *was = saved ? strsep(&saved, "\n") : "";
+        if (strcmp(line, was)) die("--%.*s is %s, in the saved run it was %s; leave it out, or start a run in another --out",
+                                   (int)strcspn(line, " "), line, setting_value(line), setting_value(was));
+    }
+}
+
 static void parse_options(int argc, char **argv)
 {
-    for (const Option *o = table; o < table + OPTIONS; o++) {
-        char *copy = strdup(o->start);
-        if (o->type == LIST) for (char *word; (word = strsep(&copy, " ")); ) option_set(o, word);
-        else if (o->type != FLAG) option_set(o, copy);
-    }
+    for (const Option *o = table; o < table + OPTIONS; o++) if (o->type != FLAG) option_read(o, strdup(o->start));
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) usage();
         int found = strncmp(argv[i], "--", 2) ? -1 : option_find(argv[i] + 2);
@@ -2369,6 +2505,8 @@ static void parse_options(int argc, char **argv)
         if (o->type != FLAG && i + 1 == argc) die("--%s needs a value: %s", o->name, o->range);
         option_set(o, o->type == FLAG ? NULL : argv[++i]);
     }
+    if (opt.resume && opt.overwrite) die("--resume goes on with the run that --overwrite would replace");
+    char *saved = opt.resume ? settings_resume() : NULL;
     if (opt.method == METHOD_FULL) {                    // what full fine-tuning has other defaults for
         if (!given[option_find("lr")]) opt.lr = 1e-3;
         if (!given[option_find("weight-decay")]) opt.weight_decay = 0.1;
@@ -2381,14 +2519,14 @@ static void parse_options(int argc, char **argv)
         die("--survivors redraw would also draw afresh what --rest init freezes");
     if (opt.micro == 0 || opt.micro > opt.batch) opt.micro = opt.batch;
     precision = (Precision)opt.precision;
+    if (saved) settings_agree(settings_text(), saved);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 15. Training
 
-// One row of the paper's table.
+// One row of the paper's table: of the base, or of a pass.
 typedef struct {
-    char label[16];
     double density, kept, flipped;      // of the entries trained; kept and flipped are NAN where nothing was pruned
     Score score[MAX_EVALS];
     double seconds;                     // since the start
@@ -2401,12 +2539,14 @@ typedef struct {
     size_t evals, passes;
     Batch batch;
     Verdict *verdict;                   // of the largest evaluation set
-    Row *row;                           // the base, then one per pass
+    Row *row;                           // the base, then one per pass; how many there are says which pass is the next
     size_t rows;
-    double start, work, done;           // seconds; operations of the whole run, and so far
+    double *loss;                       // of every update of the run; how many there are says where in its pass the run is
+    size_t updates;
+    uint64_t hash[2 + MAX_EVALS];       // of the base's weights, the data, the evaluation sets
+    double start, saved, work, done;    // seconds; operations of the whole run, and so far
     int terminal, forecast;
     char *settings;                     // one `name value` a line
-    FILE *losses;                       // loss.csv: the loss of every update
     FILE *details;                      // JSON lines, or NULL
 } Run;
 
@@ -2446,6 +2586,143 @@ static void progress(Run *run, const char *what, double part, double loss, doubl
 
 static void clear_line(const Run *run) { if (run->terminal) printf("\r\033[K"); }
 
+// Passes are numbered from 1, and pass 0 is the base.
+static const char *pass_label(const Run *run, size_t pass, char text[24])
+{
+    snprintf(text, 24, "%zu", pass);
+    if (pass == 0) return *opt.ticket ? "ticket" : "base";
+    if (pass == run->passes && opt.method == METHOD_RIGSA) return "ticket";
+    if (pass == run->passes) choice_word(text, 24, METHODS, opt.method);
+    return text;
+}
+
+static size_t pass_examples(const Run *run, size_t pass)
+{
+    return (size_t)(opt.method != METHOD_FULL && pass == run->passes ? opt.ticket_examples : opt.examples);
+}
+
+// The updates of all passes before this one.
+static size_t updates_before(const Run *run, size_t pass)
+{
+    size_t n = 0, batch = (size_t)opt.batch;
+    for (size_t p = 1; p < pass; p++) n += (pass_examples(run, p) + batch - 1) / batch;
+    return n;
+}
+
+// What it takes to go on as if nothing had been, down to the bits. Returns 0, or the errno of what went wrong; the file of before
+// is then still there.
+static int state_save(Run *run, const char *path)
+{
+    Model *model = &run->model;
+    size_t trained = 0, s = 9;
+    double clock[2] = { seconds() - run->start, run->done };
+    uint64_t *entries = allocate(matrices(model), sizeof(uint64_t));
+    for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) trained += t->grad ? t->n : 0;
+    Section section[13] = {
+        { "inputs", run->hash, (2 + run->evals) * sizeof(uint64_t) }, { "settings", run->settings, strlen(run->settings) },
+        { "clock", clock, sizeof clock }, { "rows", run->row, run->rows * sizeof(Row) },
+        { "losses", run->loss, run->updates * sizeof(double) }, { "draw", &model->draw, sizeof model->draw },
+        { "m", model->m_arena, trained * sizeof(float) }, { "v", model->v_arena, trained * sizeof(float) },
+        { "weights", model->base_arena, opt.method == METHOD_FULL ? trained * sizeof(float) : 0 } };
+    if (opt.method == METHOD_RIGSA) s += adapter_sections(model, section + s, entries);
+    int error = file_write(path, "stat", section, s);
+    free(entries);
+    return error;
+}
+
+// table.csv and loss.csv of the run so far, written anew.
+static int tables_save(const Run *run)
+{
+    size_t size[2];
+    int error = 0;
+    char path[PATH_MAX], number[24], *text[2];
+    FILE *table_csv = open_memstream(&text[0], &size[0]), *loss_csv = open_memstream(&text[1], &size[1]);
+    fprintf(table_csv, "round,density,kept,flipped");
+    for (size_t i = 0; i < run->evals; i++) fprintf(table_csv, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
+    fprintf(table_csv, ",seconds\n");
+    for (size_t r = 0; r < run->rows; r++) {
+        const Row *row = &run->row[r];
+        fprintf(table_csv, "%s,%.6f,%.6f,%.6f", pass_label(run, r, number), row->density, row->kept, row->flipped);
+        for (size_t i = 0; i < run->evals; i++) fprintf(table_csv, ",%.6f,%.6f", row->score[i].value, row->score[i].error);
+        fprintf(table_csv, ",%.1f\n", row->seconds);
+    }
+    fprintf(loss_csv, "pass,update,loss\n");
+    for (size_t pass = 1, at = 0; at < run->updates; pass++)
+        for (size_t t = 1, end = updates_before(run, pass + 1); at < min_size(end, run->updates); t++)
+            fprintf(loss_csv, "%s,%zu,%.6f\n", pass_label(run, pass, number), t, run->loss[at++]);
+    fclose(table_csv);
+    fclose(loss_csv);
+    for (int i = 0; i < 2; free(text[i++]))
+        if (!error) error = write_whole(output_path(i ? "loss.csv" : "table.csv", path), &(Part){ text[i], size[i] }, 1);
+    return error;
+}
+
+// Returns 0 or an errno, of which it warns: a full disk may be empty again when the next save is due.
+static int save(Run *run)
+{
+    char path[PATH_MAX];
+    int error = state_save(run, output_path("state.bin", path));
+    if (!error) error = tables_save(run);
+    clear_line(run);
+    if (error) fprintf(stderr, "train_rigsa: warning: %s: not saved: %s; what was saved before stays\n", opt.out, strerror(error));
+    run->saved = seconds();
+    return error;
+}
+
+// Goes back to where the run was saved.
+static void state_load(Run *run, const char *path)
+{
+    Model *model = &run->model;
+    File file = file_open(path, "stat");
+    size_t trained = 0, rows, losses;
+    const uint64_t *hash = needed(&file, "inputs", 2 + run->evals, sizeof(uint64_t));
+    const double *clock = needed(&file, "clock", 2, sizeof(double));
+    const Row *row = section(&file, "rows", &rows);
+    section(&file, "losses", &losses);
+    for (size_t i = 0; i < 2 + run->evals; i++)
+        if (hash[i] != run->hash[i])
+            die("%s has changed since %s was written", i == 0 ? opt.base : i == 1 ? opt.data : opt.evals[i - 2], path);
+    run->rows = rows / sizeof(Row);
+    run->updates = losses / sizeof(double);
+    if (!(clock[0] >= 0 && clock[1] >= 0) || rows % sizeof(Row) || run->rows < 1 || run->rows > run->passes + 1
+        || run->updates < updates_before(run, run->rows)
+        || run->updates > updates_before(run, min_size(run->rows, run->passes) + 1))
+        die("%s: damaged; %s", path, mend("stat"));
+    memcpy(run->row, row, rows);
+    memcpy(run->loss, needed(&file, "losses", run->updates, sizeof(double)), losses);
+    memcpy(&model->draw, needed(&file, "draw", 1, sizeof model->draw), sizeof model->draw);
+    run->start = seconds() - clock[0];
+    run->done = clock[1];
+    if (opt.method == METHOD_RIGSA) {
+        free_moments(model);
+        adapter_load(model, &file);
+        trained_arenas(model, delta_tensor(model, 0), gates_tensor(model) + 1);
+    }
+    for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) trained += t->grad ? t->n : 0;
+    if (opt.method == METHOD_FULL) memcpy(model->base_arena, numbers(&file, "weights", trained), trained * sizeof(float));
+    memcpy(model->m_arena, numbers(&file, "m", trained), trained * sizeof(float));
+    memcpy(model->v_arena, numbers(&file, "v", trained), trained * sizeof(float));
+    file_close(&file);
+}
+
+// SIGINT or SIGTERM, or 0. The second one ends the program at once.
+static volatile sig_atomic_t asked_to_stop;
+
+static void ask_to_stop(int number)
+{
+    asked_to_stop = number;
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+}
+
+static void stop_if_asked(Run *run)
+{
+    if (!asked_to_stop) return;
+    if (save(run)) die("%s: stopped; --resume goes on from the save before", opt.out);
+    printf("stopped and saved; this goes on with it:  ./train_rigsa --resume --out %s\n", opt.out);
+    exit(128 + asked_to_stop);
+}
+
 static Score evaluate(Run *run, const char *label, const Data *data)
 {
     double work = forward_work(&run->model, mean_length(data)), last = seconds();
@@ -2462,6 +2739,7 @@ static Score evaluate(Run *run, const char *label, const Data *data)
             print_details(run->details, label, data, j, &run->verdict[j], NULL, NULL);
         e += n;
         run->done += work * (double)run->batch.all.n;
+        stop_if_asked(run);
         if (seconds() - last < 0.2) continue;
         progress(run, data->column, (double)e / (double)data->examples, -1, 0);
         last = seconds();
@@ -2494,24 +2772,48 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
         for (size_t end = min_size(count, i + (size_t)opt.micro); i < end; i++) batch_add(&run->batch, data, example[i], 0, 0);
         model_forward(&run->model, &run->batch);
         loss += head_forward_backward(&run->model, &run->batch, 1, 1.0f / (float)answers);
+        if (!isfinite(loss)) break;                         // the activations stay as they are, for broken_tensor
         model_backward(&run->model, &run->batch);
     }
     return loss / (double)answers;
 }
 
-// One pass over `count` examples.
-static void train_pass(Run *run, const char *label, size_t pass, size_t count, double density)
+// Where a loss or a gradient that is not finite comes from: the first broken one in the order in which they are computed.
+static const char *broken_tensor(Run *run, char text[64])
 {
-    size_t batch = (size_t)opt.batch, updates = (count + batch - 1) / batch, tokens = 0;
+    Model *model = &run->model;
+    const Layer *layer = model->acts.layer;
+    for (size_t l = 1; l <= model->config.L && layer[l].x != layer[0].x; l++) {     // the same: layers share their memory
+        size_t rows = l < model->config.L ? run->batch.all.n : run->batch.answer.n;
+        snprintf(text, 64, "the output of layer %zu", l - 1);
+        if (!all_finite(layer[l].x, rows * model->config.C)) return text;
+    }
+    for (size_t i = model->all_tensors - 1; i-- > 0; ) {            // the gates, the last tensor, are a sum over another one
+        const Tensor *t = &model->tensors[i];
+        snprintf(text, 64, "the gradient of %s", t->name);
+        if (t->grad && !all_finite(t->grad, t->n)) return text;
+    }
+    return "the loss";
+}
+
+// One pass, or what is left of it.
+static void train_pass(Run *run, size_t pass, double density)
+{
+    size_t batch = (size_t)opt.batch, count = pass_examples(run, pass), before = updates_before(run, pass), tokens = 0;
+    size_t updates = updates_before(run, pass + 1) - before;
     uint32_t *order = visit_order(&run->data, count, run->model.seed, pass);
     double T = mean_length(&run->data), smooth = -1, begin = seconds(), last = begin;
     double work = forward_work(&run->model, T) + backward_work(&run->model, T, density);
-    for (size_t t = 1; t <= updates; t++) {
+    char text[64], number[24];
+    const char *label = pass_label(run, pass, number);
+    for (size_t t = run->updates - before + 1; t <= updates; t++) {
         size_t first = (t - 1) * batch, size = min_size(batch, count - first);
         double loss = loss_and_gradient(run, order + first, size);
-        if (!isfinite(loss)) die("%s: the loss of update %zu is not finite; a smaller --lr or --alpha-lr may help", label, t);
-        fprintf(run->losses, "%s,%zu,%.6f\n", label, t, loss);
-        model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown));
+        if (!isfinite(loss) || !model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown)))
+            die("%s, update %zu: %s is not finite. %s. %s/state.bin is as it was saved before", label, t,
+                broken_tensor(run, text), run->updates ? "The steps were too large: start again with a smaller --lr or --alpha-lr"
+                : "Nothing is trained yet: the base has weights too large for these examples", opt.out);
+        run->loss[run->updates++] = loss;
         for (size_t i = first; i < first + size; i++) tokens += run->data.length[order[i]];
         smooth = smooth < 0 ? loss : 0.95 * smooth + 0.05 * loss;
         run->done += work * T * (double)size;
@@ -2523,11 +2825,12 @@ static void train_pass(Run *run, const char *label, size_t pass, size_t count, d
                    duration((now - run->start) * run->work / run->done, whole), (double)tokens / (now - begin));
             run->forecast = 1;
         }
+        if (opt.save_every > 0 && now - run->saved >= opt.save_every) save(run);
+        stop_if_asked(run);
         if (now - last < 0.2) continue;
         progress(run, label, (double)t / (double)updates, smooth, (double)tokens / (now - begin));
         last = now;
     }
-    fflush(run->losses);
     free(order);
 }
 
@@ -2540,8 +2843,8 @@ static void print_heading(const Run *run)
 
 static void print_row(const Run *run, const Row *row)
 {
-    char time[32];
-    printf("%-8s", row->label);
+    char time[32], number[24];
+    printf("%-8s", pass_label(run, (size_t)(row - run->row), number));
     if (isnan(row->density)) printf(" %8s", "-");
     else printf(" %8.4f", row->density);
     if (isnan(row->kept)) printf(" %6s %8s", "-", "-");
@@ -2550,39 +2853,15 @@ static void print_row(const Run *run, const Row *row)
     printf(" %9s\n", duration(row->seconds, time));
 }
 
-// A file of the output folder, open for writing.
-static FILE *open_output(const char *name, char path[PATH_MAX])
-{
-    snprintf(path, PATH_MAX, "%s/%s", opt.out, name);
-    FILE *f = fopen(path, "w");
-    if (!f) die("%s: cannot be written: %s", path, strerror(errno));
-    return f;
-}
-
-// Written anew after each row, so that a run that is cut off leaves what it had.
-static void save_table(const Run *run)
-{
-    char path[PATH_MAX];
-    FILE *f = open_output("table.csv", path);
-    fprintf(f, "round,density,kept,flipped");
-    for (size_t i = 0; i < run->evals; i++) fprintf(f, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
-    fprintf(f, ",seconds\n");
-    for (const Row *row = run->row; row < run->row + run->rows; row++) {
-        fprintf(f, "%s,%.6f,%.6f,%.6f", row->label, row->density, row->kept, row->flipped);
-        for (size_t i = 0; i < run->evals; i++) fprintf(f, ",%.6f,%.6f", row->score[i].value, row->score[i].error);
-        fprintf(f, ",%.1f\n", row->seconds);
-    }
-    if (fclose(f)) die("%s: cannot be written: %s", path, strerror(errno));
-}
-
 // Evaluates the model as it is and adds the row to the table.
-static Row *add_row(Run *run, const char *label, double density)
+static Row *add_row(Run *run, double density)
 {
-    Row *row = &run->row[run->rows++];
+    Row *row = &run->row[run->rows];
     *row = (Row){ .density = density, .kept = NAN, .flipped = NAN };
-    snprintf(row->label, sizeof row->label, "%s", label);
-    for (size_t i = 0; i < run->evals; i++) row->score[i] = evaluate(run, label, &run->eval[i]);
+    char number[24];
+    for (size_t i = 0; i < run->evals; i++) row->score[i] = evaluate(run, pass_label(run, run->rows, number), &run->eval[i]);
     row->seconds = seconds() - run->start;
+    run->rows++;
     clear_line(run);
     return row;
 }
@@ -2628,18 +2907,17 @@ static void draw_example(Run *run)
     printf("\n  read as %c, is %c\n", glyph(data, run->verdict[0].said), glyph(data, data_token(data, data->answer[0])));
 }
 
-// Makes the output folder, and keeps the user from losing the run that it may hold.
-static void prepare_folder(Run *run)
+// Makes the output folder, keeps the user from losing the run that it may hold, and keeps other runs out. The system lets go of the
+// lock when this process ends, however it ends.
+static void take_folder(void)
 {
     char path[PATH_MAX];
-    snprintf(path, sizeof path, "%s/settings.txt", opt.out);
-    if (mkdir(opt.out, 0777) && errno != EEXIST) die("%s: cannot be made: %s", opt.out, strerror(errno));
-    if (!opt.overwrite && !access(path, F_OK)) die("%s holds a run; choose another --out, or add --overwrite", opt.out);
-    FILE *f = open_output("settings.txt", path);
-    fputs(run->settings, f);
-    if (fclose(f)) die("%s: cannot be written: %s", path, strerror(errno));
-    run->losses = open_output("loss.csv", path);
-    fprintf(run->losses, "pass,update,loss\n");
+    if (mkdir(opt.out, 0777) && errno != EEXIST) die("--out %s: cannot be made: %s", opt.out, strerror(errno));
+    int folder = open(opt.out, O_RDONLY | O_DIRECTORY);
+    if (folder < 0) die("--out %s: cannot be used: %s", opt.out, strerror(errno));
+    if (flock(folder, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) die("%s: another run is at work there", opt.out);
+    if (!opt.resume && !opt.overwrite && !access(output_path("settings.txt", path), F_OK))
+        die("%s holds a run; go on with it (--resume), replace it (--overwrite), or choose another --out", opt.out);
 }
 
 static void load_data(Run *run)
@@ -2649,12 +2927,14 @@ static void load_data(Run *run)
     size_t largest = 0;
     if (opt.method != METHOD_EVAL) run->data = data_open(opt.data);
     if (run->data.V && run->data.V != V) die("%s has a vocabulary of %u, %s of %u", opt.data, run->data.V, base, V);
+    run->hash[1] = hash64(run->data.file.bytes, run->data.file.length);
     for (; run->evals < MAX_EVALS && opt.evals[run->evals]; run->evals++) {
         const char *path = opt.evals[run->evals];
         Data *eval = &run->eval[run->evals];
         *eval = data_open(path);
         if (!eval->column[0]) die("%s: has no column and metric, it is not an evaluation set", path);
         if (eval->V != V) die("%s has a vocabulary of %u, %s of %u", path, eval->V, base, V);
+        run->hash[2 + run->evals] = hash64(eval->file.bytes, eval->file.length);
         largest = max_size(largest, eval->examples);
     }
     run->verdict = allocate(largest, sizeof(Verdict));
@@ -2663,116 +2943,174 @@ static void load_data(Run *run)
     if (!run->details) die("%s: cannot be written: %s (--overwrite replaces it)", opt.details, strerror(errno));
 }
 
-// What the run needs, printed before any of it is allocated; then allocated. Also counts the run's operations.
+// The number after `key` at the start of a line of a file; infinity if there is none.
+static double number_in(const char *path, const char *key)
+{
+    char line[256];
+    double number = INFINITY;
+    FILE *f = fopen(path, "r");
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, key, strlen(key)) && sscanf(line + strlen(key), "%lf", &number) == 1) break;
+    if (f) fclose(f);
+    return number;
+}
+
+// The bytes that there are for us: of the machine's free memory, ulimit -v and the limits of our cgroup (both versions) and of
+// those around it, the least. Infinity on a system that has none of these.
+static double memory_available(void)
+{
+    struct rlimit space;
+    char line[PATH_MAX], path[PATH_MAX + 64];
+    double least = 1024 * number_in("/proc/meminfo", "MemAvailable:");
+    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY) least = fmin(least, (double)space.rlim_cur);
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f)) {                  // "0::/ours" or "4:memory:/ours"
+        int second = !strncmp(line, "0::/", 4);
+        char *group = second || strstr(line, ":memory:/") ? strchr(line, '/') : NULL;
+        for (char *end = group ? strchr(group, '\n') : NULL; end; end = strrchr(group, '/')) {
+            *end = 0;
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/memory.%s", second ? "" : "/memory", group,
+                     second ? "max" : "limit_in_bytes");
+            least = fmin(least, number_in(path, ""));
+        }
+    }
+    if (f) fclose(f);
+    return least;
+}
+
+// The largest batch: `micro` training examples, or what an evaluation takes at a time.
+typedef struct { size_t N, T, M, K; int past; } Largest;
+
+static Largest largest_batch(const Run *run, size_t micro)
+{
+    Largest b = { .N = micro * run->data.longest, .T = run->data.longest, .M = micro * run->data.longest_answer };
+    if (opt.method == METHOD_EVAL) b.N = 2048;
+    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++) {
+        int generates = eval->metric == NUMBER;
+        b.past |= generates;
+        b.T = max_size(b.T, eval->longest);
+        b.N = max_size(b.N, generates ? 0 : eval->longest);
+        b.M = max_size(b.M, generates ? SLOTS : min_size(b.N, b.N * eval->longest_answer * eval->examples / eval->tokens));
+    }
+    if (b.N > UINT32_MAX) die("a batch of %zu tokens is too large; take a smaller --micro", b.N);
+    b.K = run->evals ? max_size(4 * b.N, b.past ? SLOTS * b.T : 0) : 0;
+    return b;
+}
+
+// Its activations, in floats; allocated if `really`.
+static size_t acts_take(Run *run, Largest b, int really)
+{
+    run->model.acts.recompute = opt.recompute;
+    return acts_alloc(&run->model, b.N, b.T, b.M, b.K, b.past, opt.method != METHOD_EVAL, really);
+}
+
+// What the run needs, printed, and refused if it is not there, before any of it is allocated; then allocated. Also counts the
+// run's operations.
 static void plan(Run *run)
 {
     Model *model = &run->model;
     const Config *c = &model->config;
-    int training = opt.method != METHOD_EVAL;
-    double eval_work = 0;
-    size_t weights = 0, adapted = 0, T = run->data.longest, M = run->data.longest_answer * (size_t)opt.micro;
-    size_t N = run->data.longest * (size_t)opt.micro;
+    Largest batch = largest_batch(run, (size_t)opt.micro);
+    double pass_work = 0, eval_work = 0, density = 1, mean = mean_length(&run->data);
+    size_t weights = 0, adapted = 0, adapter = 0, most = 0, micro = (size_t)opt.micro, acts = acts_take(run, batch, 0);
     for (size_t i = 0; i < model->base_tensors; i++) {
         weights += model->tensors[i].n;
         if (model->tensors[i].adapter >= 0) adapted += model->tensors[i].n;
     }
-    int past = 0;
-    if (!training) N = 2048;
-    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++) {
-        past |= eval->metric == NUMBER;
-        T = max_size(T, eval->longest);
-        N = max_size(N, eval->metric == NUMBER ? 0 : eval->longest);
-        M = max_size(M, eval->metric == NUMBER ? SLOTS : min_size(N, N * eval->longest_answer * eval->examples / eval->tokens));
+    for (size_t i = model->base_tensors; i < model->all_tensors; i++)
+        if (opt.method != METHOD_FULL && opt.method != METHOD_EVAL) adapter += model->tensors[i].n;
+    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
         eval_work += forward_work(model, mean_length(eval)) * (double)eval->rows;
-    }
-    size_t K = run->evals ? max_size(4 * N, past ? SLOTS * T : 0) : 0;
-    if (T > c->context) printf("note: sequences of %zu tokens, the base was made for %u\n", T, c->context);
-    size_t adapter = 0;
-    if (training && opt.method != METHOD_FULL)
-        for (size_t i = model->base_tensors; i < model->all_tensors; i++) adapter += model->tensors[i].n;
-    size_t trained = opt.method == METHOD_FULL ? weights : adapter;
-    model->acts.recompute = opt.recompute;
-    size_t acts = acts_alloc(model, N, T, M, K, past, training, 0);
-    size_t halved = precision == BF16 && opt.method != METHOD_FULL ? adapted / 2 : 0;
-    size_t bytes[] = { weights - halved, adapter, trained, 2 * trained, acts, largest_matrix(model) };
-    const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch" };
-    double total = 0;
-    printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
-           model->name, weights, c->L, c->C, c->V, adapted, matrices(model));
-    for (int i = 0; i < 6; total += 4e-6 * (double)bytes[i++])
-        if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
-    printf(" together %.1f MB\n", total);
-
-    double pass_work = 0, density = 1, mean = mean_length(&run->data);
+    if (batch.T > c->context) printf("note: sequences of %zu tokens, the base was made for %u\n", batch.T, c->context);
     if (opt.examples == 0) opt.examples = (double)run->data.examples;
     if (opt.ticket_examples == 0) opt.ticket_examples = (double)run->data.examples;
     if (opt.method == METHOD_RIGSA) run->passes = (size_t)opt.rounds + 1;
     if (opt.method == METHOD_FULL) run->passes = 1;
     for (size_t p = 1; p <= run->passes; p++, density *= 0.5) {
-        double examples = opt.method != METHOD_FULL && p == run->passes ? opt.ticket_examples : opt.examples;
-        pass_work += (forward_work(model, mean) + backward_work(model, mean, density)) * mean * examples;
+        pass_work += (forward_work(model, mean) + backward_work(model, mean, density)) * mean * (double)pass_examples(run, p);
+        most = max_size(most, pass_examples(run, p));
     }
     run->work = pass_work + eval_work * (double)(run->passes + 1);
+
+    size_t trained = opt.method == METHOD_FULL ? weights : adapter;
+    size_t halved = precision == BF16 && opt.method != METHOD_FULL ? adapted / 2 : 0;
+    size_t updates = updates_before(run, run->passes + 1), bytes[] = { weights - halved, adapter,
+        trained, 2 * trained, acts, largest_matrix(model), most + run->data.examples + 2 * updates };
+    const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch", "order and losses" };
+    double total = 0, there = 1e-6 * memory_available();
+    printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
+           model->name, weights, c->L, c->C, c->V, adapted, matrices(model));
+    for (int i = 0; i < 7; total += 4e-6 * (double)bytes[i++])
+        if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
+    printf(" together %.1f MB\n", total);
+    if (total > there) {
+        double others = total - 4e-6 * (double)acts, fits = total;
+        while (fits > there && micro > 1) fits = others + 4e-6 * (double)acts_take(run, largest_batch(run, micro /= 2), 0);
+        die("%.1f MB are needed, %.1f are there (free memory, limit of the cgroup, ulimit -v); %s--micro %zu needs %.1f%s%s",
+            total, there, fits > there ? "even " : "", micro, fits, opt.recompute ? "" : ", --recompute saves more",
+            precision == BF16 ? "" : ", --precision bf16 too");
+    }
     printf("work     %.3g TFLOP in %zu passes and %zu evaluations, on %d threads\n",
            1e-12 * run->work, run->passes, run->passes + 1, omp_get_max_threads());
 #ifndef _OPENMP
     printf("note: built without OpenMP: one thread, and all loops slower\n");
 #endif
-    acts_alloc(model, N, T, M, K, past, training, 1);
-    run->batch = batch_alloc(N, M, K);
+    acts_take(run, batch, 1);
+    run->batch = batch_alloc(batch.N, batch.M, batch.K);
     run->row = allocate(run->passes + 1, sizeof(Row));
+    run->loss = allocate(updates, sizeof(double));
 }
 
-// Five rounds of training and pruning, then the winning ticket.
-static void run_rigsa(Run *run)
+// Every weight is trained, the way a base is made and the baseline that shows what forgetting is; or DeltaW and the gates.
+static void prepare_training(Model *model)
 {
-    Model *model = &run->model;
-    size_t count = matrices(model), full = 0, rounds = (size_t)opt.rounds;
-    char path[PATH_MAX], label[16];
-    Pruned *pruned = allocate(count, sizeof(Pruned));
+    int full = opt.method == METHOD_FULL;
     model->seed = (uint64_t)opt.seed;
     model->sigma = (float)opt.sigma;
     model->rest = (Rest)opt.rest;
-    adapter_alloc(model);
-    full = adapter_entries(model);
-    for (size_t a = 0; a < count; a++) {
-        delta_tensor(model, a)->lr = (float)opt.lr;
-        delta_tensor(model, a)->decay = (float)opt.weight_decay;
+    if (full) trained_arenas(model, model->tensors, model->tensors + model->base_tensors);
+    else adapter_alloc(model);
+    for (Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) {
+        t->lr = (float)(t == gates_tensor(model) ? opt.alpha_lr : opt.lr);
+        t->decay = t->rows > 1 ? (float)opt.weight_decay : 0;
     }
-    gates_tensor(model)->lr = (float)opt.alpha_lr;
-    for (size_t round = 1; round <= rounds + 1; round++) {
-        int last = round == rounds + 1;
-        double density = (double)adapter_entries(model) / (double)full;
-        snprintf(label, sizeof label, last ? "ticket" : "%zu", round);
-        train_pass(run, label, round, (size_t)(last ? opt.ticket_examples : opt.examples), density);
-        Row *row = add_row(run, label, density);
-        if (!last) {
-            prune(model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
-            report_pruning(row, pruned, count);
-        }
-        print_row(run, row);
-        save_table(run);
-    }
-    snprintf(path, sizeof path, "%s/ticket.bin", opt.out);
-    ticket_save(model, path, run->settings);
-    free(pruned);
 }
 
-// Every weight is trained: the way a base is made, and the baseline that shows what forgetting is.
-static void run_full(Run *run)
+// All passes, from the first or from where a saved run was: rounds of training and pruning, and one for the winning ticket. With
+// `full` there is one, and nothing to prune.
+static void train(Run *run)
 {
     Model *model = &run->model;
     char path[PATH_MAX];
-    trained_arenas(model, model->tensors, model->tensors + model->base_tensors);
-    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
-        t->lr = (float)opt.lr;
-        t->decay = t->rows > 1 ? (float)opt.weight_decay : 0;
+    Pruned *pruned = allocate(matrices(model), sizeof(Pruned));
+    int full = opt.method == METHOD_FULL;
+    prepare_training(model);
+    size_t all = adapter_entries(model);
+    signal(SIGINT, ask_to_stop);
+    signal(SIGTERM, ask_to_stop);
+    signal(SIGXFSZ, SIG_IGN);                               // a file beyond ulimit -f is an error of write(), like a full disk
+    if (opt.resume) {
+        state_load(run, output_path("state.bin", path));
+        for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
+        printf("resumed after update %zu of %zu\n", run->updates, updates_before(run, run->passes + 1));
+    } else must_write(path, state_save(run, output_path("state.bin", path)));   // is the disk too small? Better known at once
+    must_write(path, write_whole(output_path("settings.txt", path), &(Part){ run->settings, strlen(run->settings) }, 1));
+    run->saved = seconds();
+    for (size_t pass = run->rows; pass <= run->passes; pass++) {
+        double density = (double)adapter_entries(model) / (double)all;
+        train_pass(run, pass, density);
+        Row *row = add_row(run, full ? NAN : density);
+        if (pass < run->passes) {
+            prune(model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
+            report_pruning(row, pruned, matrices(model));
+        }
+        print_row(run, row);
+        save(run);
     }
-    train_pass(run, "full", 1, (size_t)opt.examples, 1);
-    print_row(run, add_row(run, "full", NAN));
-    save_table(run);
-    snprintf(path, sizeof path, "%s/model.bin", opt.out);
-    base_save(model, path);
+    free_moments(model);                                    // the ticket of a dense adapter needs room for its index
+    if (full) base_save(model, output_path("model.bin", path));
+    else ticket_save(model, output_path("ticket.bin", path), run->settings);
+    free(pruned);
 }
 
 static void (*prepare_more)(Run *run), (*run_more)(Run *run);       // what dev/baselines.c does before the plan, and after RIGSA
@@ -2788,15 +3126,15 @@ static void run_whole(Run *run, int argc, char **argv)
     load_data(run);
     if (prepare_more) prepare_more(run);
     run->settings = settings_text();
-    if (opt.method != METHOD_EVAL) prepare_folder(run);
+    if (opt.method != METHOD_EVAL) take_folder();
     fputs(run->settings, stdout);
     plan(run);
     base_read(model, &base, opt.method == METHOD_FULL);
+    run->hash[0] = model->hash;
     if (*opt.ticket) ticket_load(model, opt.ticket), merge(model);
     print_heading(run);
-    print_row(run, add_row(run, *opt.ticket ? "ticket" : "base", NAN));
-    if (opt.method == METHOD_RIGSA) run_rigsa(run);
-    if (opt.method == METHOD_FULL) run_full(run);
+    if (!opt.resume) print_row(run, add_row(run, NAN));
+    if (opt.method == METHOD_RIGSA || opt.method == METHOD_FULL) train(run);
     if (run_more) run_more(run);
     if (run->passes > 1) {
         print_heading(run);

@@ -357,11 +357,11 @@ static void lora_save(Model *model, const char *path, const char *settings)
     memcpy(base, &model->hash, 8);
     memcpy(base + 8, model->name, sizeof model->name);
     for (const Tensor *t = first; t < end; t++) n += t->n;
-    file_write(path, "lora", (Section[]){
+    must_write(path, file_write(path, "lora", (Section[]){
         { "base", base, 8 + strlen(model->name) },
         { "settings", settings, strlen(settings) },
         { "shape", &shape, sizeof shape },
-        { "values", first->value, n * sizeof(float) } }, 4);
+        { "values", first->value, n * sizeof(float) } }, 4));
 }
 
 static LoraShape lora_shape(const char *path)
@@ -412,6 +412,8 @@ static void prepare_baseline(Run *run)
     for (Tensor *t = model->tensors; t < end; t++) if (t->adapter >= 0) both += t->rows + t->cols;
     if (*more.lora) more.rank = lora_shape(more.lora).rank, more.lora_alpha = lora_shape(more.lora).alpha;
     if (more.rank == 0) more.rank = fmax(1, floor(more.density * (double)all / (double)both + 0.5));
+    if (opt.resume) die("--resume goes on with the methods of train_rigsa");
+    opt.save_every = 0;
     run->passes = opt.method == METHOD_LTSFT ? 2 : 1;
 
     size_t kept = is_sparse() || *opt.ticket ? model->all_tensors : model->base_tensors;
@@ -477,22 +479,23 @@ static void start_baseline(Model *model)
 }
 
 // One pass, and its row in the table; there, density is the share of trained values.
-static void train_row(Run *run, const char *label, size_t pass, double examples)
+static void train_row(Run *run, size_t pass)
 {
     Model *model = &run->model;
     size_t n = 0;
     for (Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) if (t->grad) n += t->n;
     double density = (double)n / (double)all_entries(model);
-    train_pass(run, label, pass, (size_t)examples, density);
-    print_row(run, add_row(run, label, density));
-    save_table(run);
+    char path[PATH_MAX];
+    train_pass(run, pass, density);
+    print_row(run, add_row(run, density));
+    must_write(output_path("table.csv", path), tables_save(run));
 }
 
 // LT-SFT (Ansell et al. 2022): train everything, keep the entries that moved furthest, and start them again.
 static void ltsft_mask(Run *run)
 {
     Model *model = &run->model;
-    train_row(run, "dense", 1, opt.examples);
+    train_row(run, 1);
     for (size_t a = 0; a < matrices(model); a++) {
         Tensor *delta = delta_tensor(model, a);                             // gradients are done with: scores take their place
         for (size_t i = 0; i < delta->n; i++) delta->grad[i] = fabsf(delta->value[i]);
@@ -509,8 +512,7 @@ static void rosa_mask(Run *run)
     uint32_t *order = visit_order(&run->data, count, model->seed, 1);
     model->adapter = LORA;
     for (size_t t = 1; t <= steps; t++) {
-        double loss = loss_and_gradient(run, order + (t - 1) * batch, batch);
-        fprintf(run->losses, "low-rank,%zu,%.6f\n", t, loss);
+        loss_and_gradient(run, order + (t - 1) * batch, batch);
         model_update(model, t, schedule(t, (count + batch - 1) / batch, opt.warmup, opt.cooldown));
     }
     squares = floats(all_entries(model));
@@ -523,16 +525,13 @@ static void rosa_mask(Run *run)
 
 static void run_baseline(Run *run)
 {
-    static const char *const LABEL[] = {
-        [METHOD_EVAL] = "adapter", [METHOD_LORA] = "lora", [METHOD_RANDOM] = "random", [METHOD_LTSFT] = "ltsft",
-        [METHOD_ROSA] = "rosa", [METHOD_DENSE] = "dense" };
     Model *model = &run->model;
     char path[PATH_MAX];
     if (opt.method <= METHOD_FULL || run->passes == 0) return;              // the trainer's own
     start_baseline(model);
     model->adapter = *opt.ticket ? ROSA : is_low_rank() ? LORA : NF4;
     if (opt.method == METHOD_EVAL) {
-        print_row(run, add_row(run, LABEL[opt.method], NAN));
+        print_row(run, add_row(run, NAN));
         return;
     }
     if (is_sparse()) model->adapter = more.init == INIT_GATED ? RIGSA : SPARSE;
@@ -540,15 +539,9 @@ static void run_baseline(Run *run)
     if (opt.method == METHOD_ROSA) rosa_mask(run);
     if (opt.method == METHOD_LTSFT || opt.method == METHOD_ROSA) start_trained(model);
     if (opt.method == METHOD_ROSA) model->adapter = ROSA;
-    train_row(run, LABEL[opt.method], run->passes, opt.ticket_examples);
-    if (is_sparse()) {
-        snprintf(path, sizeof path, "%s/ticket.bin", opt.out);
-        ticket_save(model, path, run->settings);
-    }
-    if (is_low_rank()) {
-        snprintf(path, sizeof path, "%s/lora.bin", opt.out);
-        lora_save(model, path, run->settings);
-    }
+    train_row(run, run->passes);
+    if (is_sparse()) ticket_save(model, output_path("ticket.bin", path), run->settings);
+    if (is_low_rank()) lora_save(model, output_path("lora.bin", path), run->settings);
 }
 
 static void (*prepare_more)(Run *run) = prepare_baseline, (*run_more)(Run *run) = run_baseline;

@@ -61,7 +61,7 @@ static void dump(Run *run)
     }
     for (int i = 0; i < SECTIONS; i++) sections[i] = (Section){ TAG[i], data[i] ? data[i] : "", length[i] };
     snprintf(path, sizeof path, "%s/dump.bin", opt.out);
-    file_write(path, "dump", sections, SECTIONS);
+    must_write(path, file_write(path, "dump", sections, SECTIONS));
 }
 
 int main(int argc, char **argv)

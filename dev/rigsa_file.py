@@ -34,6 +34,7 @@ MAKERS = {
     "data": "make it again, with prepro_mnist.py or the script that wrote it",
     "tick": "train again with train_rigsa",
     "lora": "train again with train_baselines, or import it again with dev/peft_files.py",
+    "stat": "start the run again",
     "dump": "run dev/dump_reference.py again",
 }
 

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: MIT
+//
+// fuzz.c: hostile files for every reader of train_rigsa.c, by libFuzzer.
+//
+//     clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas dev/fuzz.c -o fuzz -lm
+//     FUZZ_SEEDS=dev/fuzz_corpus ./fuzz                       writes one small valid file per reader
+//     ./fuzz -runs=1000000 folder dev/fuzz_corpus/tick        new finds go to the first folder
+//
+// A file goes to the reader of the kind that its header names. It must be refused by die(), or hold what can be used: whatever
+// then reads out of bounds, overflows or leaves a number out of range ends the program. The reader sees the file in a block of
+// memory of exactly its size, so that the sanitizers notice a read beyond it, which in a mapped page they would not.
+
+#define _GNU_SOURCE
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+// The trainer's view of the world: the one file is ours, exit() comes back to us, and memory that die() leaves behind is freed.
+static const uint8_t *input;
+static size_t input_size;
+static jmp_buf refused;
+static void *block[4096];
+static size_t blocks;
+static FILE *quiet;
+
+static void *track(void *p)
+{
+    if (blocks == sizeof block / sizeof *block) abort();
+    return block[blocks++] = p;
+}
+
+static void untrack(const void *p)
+{
+    for (size_t i = blocks; p && i-- > 0; )
+        if (block[i] == p) { free(block[i]); block[i] = block[--blocks]; return; }
+}
+
+static int our_fstat(int fd, struct stat *info)
+{
+    (void)fd;
+    *info = (struct stat){ .st_mode = S_IFREG, .st_size = (off_t)input_size };
+    return 0;
+}
+
+static void *our_mmap(size_t length) { return memcpy(track(malloc(length)), input, length); }
+__attribute__((noreturn)) static void our_exit(void) { longjmp(refused, 1); }
+
+#define TESTING
+#define open(...) 3
+#define close(fd) 0
+#define fstat(fd, info) our_fstat(fd, info)
+#define mmap(address, length, ...) our_mmap(length)
+#define munmap(address, length) untrack(address)
+#define aligned_alloc(alignment, size) track(aligned_alloc(alignment, size))
+#define strdup(text) track(strdup(text))
+#define strndup(text, n) track(strndup(text, n))
+#define free(p) untrack(p)
+#define exit(status) our_exit()
+#undef stderr
+#define stderr quiet
+#include "../train_rigsa.c"
+#undef open
+#undef close
+#undef free
+#undef exit
+
+static const Config CONFIG = {
+    .C = 4, .F = 6, .L = 1, .H = 2, .KV = 1, .D = 2, .V = 8, .context = 16, .tied = 1, .theta = 1e4f, .eps = 1e-5f };
+#define SETTINGS "batch            2\n"
+static unsigned long executions, accepted, structured;
+
+#define REQUIRE(condition) do { if (!(condition)) __builtin_trap(); } while (0)
+
+// A model without a file: what a ticket and a state are for.
+static void make_run(Run *run)
+{
+    Model *model = &run->model;
+    *run = (Run){ .passes = 3, .work = 1e9, .evals = 1, .settings = (char *)"settings" };
+    *model = (Model){ .config = CONFIG, .name = "fuzz", .hash = 1 };
+    build_table(model);
+    size_t n = 0, at = 0;
+    for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
+    model->base_arena = floats(n);
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; at += t++->n) t->value = model->base_arena + at;
+    opt = (Options){ .base = (char *)"base", .data = (char *)"data", .evals = { (char *)"eval" }, .out = (char *)"out",
+                     .ticket = (char *)"", .method = METHOD_RIGSA, .batch = 2, .examples = 6, .ticket_examples = 6, .sigma = 0.1 };
+    run->row = allocate(run->passes + 1, sizeof(Row));
+    run->loss = allocate(updates_before(run, run->passes + 1), sizeof(double));
+}
+
+static void use_adapter(Model *model)
+{
+    float *memory = model->scratch = floats(largest_matrix(model));
+    for (size_t i = 0; i < model->base_tensors; i++) {
+        Tensor *t = &model->tensors[i];
+        if (t->adapter < 0) continue;
+        RIGSA.weight(model, t);
+        for (size_t k = 0; k < t->n; k++) REQUIRE(!isnan(memory[k]) || fabsf(gates_tensor(model)->value[t->adapter]) > 1e18f);
+    }
+}
+
+static void use_base(void)
+{
+    static Model model;
+    model = (Model){ 0 };
+    File file = base_open(&model, "input");
+    base_read(&model, &file, 1);
+    const Tensor *last = &model.tensors[model.base_tensors - 1];
+    REQUIRE(isfinite(last->value[last->n - 1]));
+    REQUIRE(memchr(model.name, 0, sizeof model.name));
+}
+
+static void use_data(void)
+{
+    Data data = data_open("input");
+    if (data.column[0] && data.metric == NUMBER) return;            // prompts of what is generated, which no batch holds whole
+    Batch batch = batch_alloc(data.longest, data.longest_answer, 0);
+    for (size_t e = 0; e < data.examples; e++) {
+        batch_clear(&batch, 0);
+        batch_add(&batch, &data, e, 0, 0);
+        REQUIRE(batch.answer.n >= 1 && batch.all.n <= data.longest);
+        for (size_t i = 0; i < batch.all.n; i++) REQUIRE(batch.token[i] < data.V);
+    }
+    if (!data.column[0]) return;
+    Verdict *verdict = allocate(data.examples, sizeof(Verdict));
+    Score score = score_verdicts(verdict, &data);
+    REQUIRE(score.value >= 0 && score.value <= 1 && score.error >= 0);
+}
+
+static void use_ticket(void)
+{
+    static Run run;
+    make_run(&run);
+    ticket_load(&run.model, "input");
+    use_adapter(&run.model);
+}
+
+static void use_state(void)
+{
+    static Run run;
+    make_run(&run);
+    memset(given, 0, sizeof given);
+    char *saved = settings_resume();
+    settings_agree(strdup(SETTINGS), saved);
+    make_run(&run);
+    if (memmem(input, input_size, "weights", 7)) opt.method = METHOD_FULL;
+    run.passes = opt.method == METHOD_FULL ? 1 : run.passes;
+    prepare_training(&run.model);
+    state_load(&run, "input");
+    REQUIRE(run.rows >= 1 && run.rows <= run.passes + 1 && run.updates <= updates_before(&run, run.passes + 1));
+    if (opt.method == METHOD_RIGSA) use_adapter(&run.model);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
+{
+    input = bytes;
+    input_size = size;
+    executions++;
+    if (!setjmp(refused)) {
+        switch (size > 12 ? bytes[12] : 0) {
+        case 'd': use_data(); break;
+        case 't': use_ticket(); break;
+        case 's': use_state(); break;
+        default: use_base();
+        }
+        accepted++;
+    }
+    while (blocks) free(block[--blocks]);
+    return 0;
+}
+
+// Most mutations happen inside a file that stays a file: one section's payload changes, or sections come, go and change places, and
+// lengths and hashes are made right again. Without that, nearly every mutation would end at the first wrong hash.
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
+
+size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigned seed)
+{
+    enum { SECTIONS = 32 };
+    static uint8_t old[1 << 16];
+    struct { uint8_t tag[16]; size_t at, length; } section[SECTIONS], swap;
+    size_t count = 0, at = sizeof(FileHeader);
+    uint64_t random = mix(seed + 1);
+    if (size < at || size > sizeof old || random % 8 == 0) return LLVMFuzzerMutate(bytes, size, most);
+    memcpy(old, bytes, size);
+    for (SectionHeader head; count < SECTIONS && size - at >= sizeof head; count++) {
+        memcpy(&head, old + at, sizeof head);
+        at += sizeof head;
+        memcpy(section[count].tag, head.tag, 16);
+        section[count].at = at;
+        section[count].length = min_size(head.length, size - at);
+        at += min_size(padded(section[count].length), size - at);
+    }
+    size_t chosen = count ? (random >> 8) % count : 0, other = count ? (random >> 16) % count : 0;
+    int what = (int)(random >> 24) % 16;
+    if (count && what == 0) section[chosen] = section[--count];                                 // gone
+    if (count && what == 1) section[chosen].length = section[other].length;                     // may be too long: cut below
+    if (count && what == 2) memcpy(section[chosen].tag, section[other].tag, 16);
+    if (count && what == 3) swap = section[chosen], section[chosen] = section[other], section[other] = swap;
+    FileHeader header;
+    memcpy(&header, old, sizeof header);
+    at = sizeof header;
+    for (size_t s = 0; s < count && at + sizeof(SectionHeader) <= most; s++) {
+        size_t room = (most - at - sizeof(SectionHeader)) / 8 * 8;
+        size_t n = min_size(section[s].length, min_size(size - section[s].at, room));
+        uint8_t *payload = bytes + at + sizeof(SectionHeader);
+        memcpy(payload, old + section[s].at, n);
+        if (s == chosen && what > 3 && room > 0) n = LLVMFuzzerMutate(payload, n, room);
+        if (s == chosen && what > 12 && n >= 4) {                                               // a number that is often wrong
+            static const uint32_t odd[] = { 0, 1, 7, 8, 0x7fffffff, 0x80000000, 0xffffffff, 0x7fc00000, 0x7f800000, 1 << 20 };
+            memcpy(payload + (random >> 32) % (n / 4) * 4, &odd[(random >> 48) % 10], 4);
+        }
+        memset(payload + n, 0, padded(n) - n);
+        SectionHeader head = { .length = n, .hash = hash64(payload, n) };
+        memcpy(head.tag, section[s].tag, 16);
+        memcpy(bytes + at, &head, sizeof head);
+        at += sizeof head + padded(n);
+        header.sections = s + 1;
+    }
+    if (!count) header.sections = 0;
+    header.length = at;
+    memcpy(bytes, &header, sizeof header);
+    structured++;
+    return at;
+}
+
+// Small valid files: a base, examples, two evaluations, tickets dense and sparse, states of all methods.
+static void write_seeds(const char *folder)
+{
+    static Run run;
+    char path[PATH_MAX];
+    const char *settings = SETTINGS;
+    const uint32_t vocab[] = { 8, 4 }, length[] = { 4, 3, 3 }, answer[] = { 2, 2, 1 }, token[] = { 1, 2, 3, 4, 5, 6, 7, 0, 1, 2 };
+    const uint32_t choices[] = { 3 }, gold[] = { 1 }, chars[] = { 4, 5, 6 }, glyphs[] = { 1, '1' };
+    for (int i = 0; i < 8; i++) {
+        const char *name[] = { "base/base", "data/examples", "data/exact", "data/choices", "tick/dense", "tick/sparse",
+                               "stat/rigsa", "stat/full" };
+        snprintf(path, sizeof path, "%s/%s", folder, name[i]);
+        make_run(&run);
+        Model *model = &run.model;
+        run.settings = (char *)settings;
+        run.rows = 1, run.updates = 2;
+        opt.method = i == 7 ? METHOD_FULL : METHOD_RIGSA;
+        for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
+            for (size_t k = 0; k < t->n; k++) t->value[k] = normal(3, k, 0.5f);
+        if (i == 0) { base_save(model, path); continue; }
+        if (i < 4) {
+            Section section[] = { { "vocab", vocab, sizeof vocab }, { "length", length, sizeof length },
+                { "answer", answer, sizeof answer }, { "tokens", token, sizeof token }, { "glyphs", glyphs, sizeof glyphs }, { "column", "evaluation", 10 },
+                { "metric", i == 2 ? "exact" : "acc_norm", i == 2 ? 5 : 8 }, { "choices", choices, sizeof choices },
+                { "gold", gold, sizeof gold }, { "chars", chars, sizeof chars } };
+            file_write(path, "data", section, i == 1 ? 5 : i == 2 ? 7 : 10);
+            continue;
+        }
+        Pruned pruned[ADAPTED];
+        prepare_training(model);
+        if (i == 5 || i == 6) prune(model, pruned, 0.3, THRESHOLD_MATRIX, SURVIVORS_REWIND);
+        if (i < 6) ticket_save(model, path, settings);
+        else state_save(&run, path);
+    }
+}
+
+static void report(void)
+{
+    printf("%lu executions, %lu accepted, %lu inputs of the structure-aware mutator\n", executions, accepted, structured);
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+    (void)argc, (void)argv;
+    quiet = fopen("/dev/null", "w");
+    if (getenv("FUZZ_SEEDS")) {
+        write_seeds(getenv("FUZZ_SEEDS"));
+        _exit(0);
+    }
+    atexit(report);
+    return 0;
+}

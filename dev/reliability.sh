@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# The long versions of the reliability tests (an hour on one core), for doc/reliability.md: eight builds, valgrind, ThreadSanitizer,
+# interruptions by the dozen, a million hostile files per reader.
+#
+#     dev/reliability.sh [builds|valgrind|threads|runs|fuzz ...]        all of them without a word
+set -uo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failed=0
+strict="-std=gnu11 -fno-math-errno -fno-trapping-math -Wall -Wextra -Wshadow -Werror"
+parallel=-fopenmp serial="-fopenmp-simd -Wno-unknown-pragmas"
+export GOMP_SPINCOUNT=20000
+
+verdict() { if [ "$1" -eq 0 ]; then echo "passed  $2"; else echo "FAILED  $2"; failed=1; fi; }
+
+ticket() {          # the last line of a short run of $1 with $2 threads
+    OMP_NUM_THREADS=$2 "$1" --examples 40 --ticket-examples 40 --batch 4 --rounds 2 --eval "$work/eval" --out "$work/out" --overwrite |
+        tail -n 1
+}
+
+PYTHONPATH=dev python3 - "$work/eval" << 'end'
+import sys, rigsa_file
+questions = rigsa_file.read_examples("dev/nano/addition.bin")
+questions["examples"] = questions["examples"][:16]
+rigsa_file.write_file(sys.argv[1], "data", rigsa_file.data_sections(**questions))
+end
+
+# Each pair of compiler, OpenMP, optimisation and instruction set is in one of them.
+builds() {
+    while read -r cc openmp optimise isa; do
+        local name="$cc $openmp $optimise $isa" flags="$optimise -march=$isa $strict ${!openmp}"
+        $cc $flags -o "$work/test" test_rigsa.c -lm && $cc $flags -o "$work/train" train_rigsa.c -lm
+        local built=$?
+        verdict $built "$name: builds"
+        [ $built -eq 0 ] || continue
+        "$work/test" > "$work/log" || grep FAILED "$work/log"
+        grep -q ' passed, 0 failed$' "$work/log"
+        verdict $? "$name: $(tail -n 1 "$work/log")"
+        local one=$(ticket "$work/train" 1) three=$(ticket "$work/train" 3)
+        [ "$one" = "$three" ]
+        verdict $? "$name: 1 and 3 threads: $one"
+    done <<< "gcc parallel -O3 native
+gcc serial -O0 native
+gcc parallel -O0 x86-64-v3
+gcc serial -O3 x86-64
+clang serial -O3 native
+clang parallel -O0 x86-64
+clang serial -O0 x86-64-v3
+clang parallel -O3 x86-64-v3"
+}
+
+valgrind_() {       # which knows no AVX-512
+    gcc -O1 -g -march=x86-64-v3 $strict $serial -o "$work/test" test_rigsa.c -lm
+    valgrind -q --error-exitcode=9 "$work/test" > "$work/log" 2>&1
+    verdict $? "valgrind: $(grep -c '^==.*\(Invalid\|uninitialised\)' "$work/log") errors; $(grep ' passed, ' "$work/log" | tail -n 1)"
+}
+
+# libgomp is not built for ThreadSanitizer, which does not see its barriers; clang's runtime tells it of them (libarcher).
+threads() {
+    clang -O1 -g -march=x86-64-v3 $strict $parallel -fsanitize=thread -o "$work/train" train_rigsa.c -lm
+    OMP_NUM_THREADS=3 OMP_TOOL_LIBRARIES="$(ls /usr/lib/llvm-*/lib/libarcher.so 2> /dev/null | tail -n 1)" \
+        TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=9" "$work/train" --examples 32 --ticket-examples 32 --batch 8 \
+        --eval "$work/eval" --out "$work/out" --overwrite > "$work/log" 2>&1
+    verdict $? "ThreadSanitizer: $(grep -c 'WARNING: ThreadSanitizer' "$work/log") warnings"
+}
+
+runs() {
+    make -s train_rigsa && python3 dev/test_reliability.py --long
+    verdict $? "runs"
+}
+
+fuzz() {
+    clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas -o "$work/fuzz" dev/fuzz.c -lm
+    for kind in base data tick stat; do
+        mkdir -p "$work/$kind"
+        "$work/fuzz" -runs=1200000 -max_len=4096 -artifact_prefix=fuzz- "$work/$kind" "dev/fuzz_corpus/$kind" > "$work/log" 2>&1
+        verdict $? "$kind: $(tail -n 1 "$work/log")"
+    done
+}
+
+for part in ${@:-builds valgrind threads runs fuzz}; do
+    echo "== $part"
+    [ "$part" = valgrind ] && part=valgrind_
+    "$part"
+done
+exit $failed

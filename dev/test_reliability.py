@@ -1,0 +1,370 @@
+"""
+Whatever happens to a run, is nothing lost but the last minutes, and is the rest the same to the bit? Kills ./train_rigsa, fills its
+disk, locks its folder and feeds it nonsense. Build it first; Linux or another POSIX system.
+
+    python3 dev/test_reliability.py                 a minute, for CI
+    python3 dev/test_reliability.py --long          the numbers of doc/reliability.md
+    python3 dev/test_reliability.py --only memory   the tests whose name contains the word
+
+The last line is `N passed, N failed`; the exit status says the same.
+"""
+import argparse
+import csv
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import rigsa_file
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, "..", "train_rigsa")
+NANO = os.path.join(HERE, "nano")
+count = {True: 0, False: 0}
+
+
+def check(what, good, said=""):
+    """Counts one test; of a failed one it prints what the program said."""
+    count[bool(good)] += 1
+    if not good:
+        print(f"    FAILED: {what}: {said}")
+
+
+class Runs:
+    """A temporary folder with small data, and runs in it. `limits` maps resource.RLIMIT_* to bytes, `user` is a user id."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        addition = rigsa_file.read_examples(f"{NANO}/addition.bin")
+        digits = rigsa_file.read_examples(f"{NANO}/digits_train.bin")
+        addition["examples"], digits["examples"] = addition["examples"][:64], digits["examples"][:200]
+        self.data, self.eval = self.path("data.bin"), self.path("eval.bin")
+        rigsa_file.write_file(self.data, "data", rigsa_file.data_sections(**digits))
+        rigsa_file.write_file(self.eval, "data", rigsa_file.data_sections(**addition))
+
+    def usual(self, *more):
+        """The options of a short run; `more` of them replace some of these."""
+        options = {"--base": f"{NANO}/base.bin", "--data": self.data, "--eval": self.eval, "--examples": "240",
+                   "--ticket-examples": "320", "--rounds": "3", **dict(zip(more[::2], more[1::2]))}
+        return [word for option in options.items() for word in option]
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def start(self, out, *options, threads=1, limits=None, user=None):
+        """A run in the folder `out`, as a process."""
+        def prepare():
+            for kind, size in (limits or {}).items():
+                resource.setrlimit(kind, (size, size))
+            if user:
+                os.setuid(user)
+        return subprocess.Popen([PROGRAM, "--out", self.path(out), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, preexec_fn=prepare, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+
+    def run(self, out, *options, **how):
+        """(exit status, standard output, standard error) of a run in the folder `out`."""
+        return finish(self.start(out, *options, **how))
+
+    def result(self, out):
+        """What must be the same: the ticket or the model, the losses, and the table without its times."""
+        found = {}
+        for name in ("ticket.bin", "model.bin", "loss.csv"):
+            if os.path.exists(self.path(f"{out}/{name}")):
+                with open(self.path(f"{out}/{name}"), "rb") as file:
+                    found[name] = file.read()
+        with open(self.path(f"{out}/table.csv")) as file:
+            found["table"] = [row[:-1] for row in csv.reader(file)]
+        return found
+
+
+def finish(process):
+    """(exit status, standard output, standard error) once the process has ended."""
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def one_line(err, word):
+    """A single line, in which `word` occurs."""
+    return err.count("\n") == 1 and word in err
+
+
+def undisturbed(runs, name, *options):
+    status, out, err = runs.run(name, *runs.usual(*options))
+    check(f"{name}: the undisturbed run", status == 0, out + err)
+    return runs.result(name)
+
+
+def disturb(runs, name, usual, expected, number, numbers, longest, threads=(1,)):
+    """Ends runs with signal `number` at random moments and resumes them, until it hit `numbers` times; compares each result."""
+    hits = resumes = finished = 0
+    while hits < numbers or not finished:
+        out = f"{name}{finished}"
+        saved = os.path.exists(runs.path(f"{out}/state.bin"))
+        options = ["--resume", "--save-every", "0.02"] if saved else [*usual, "--save-every", "0.02", "--overwrite"]
+        process = runs.start(out, *options, threads=random.choice(threads))
+        try:
+            process.wait(random.uniform(0, longest) if hits < numbers else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+        status, said, err = finish(process)
+        resumes += saved
+        if status == 0:
+            check(f"{name}: run {finished} after {hits} interruptions", runs.result(out) == expected, said)
+            finished += 1
+        elif number == signal.SIGKILL or status == -number:         # the latter: before there was anything to save
+            hits += status == -number
+            check(f"{name}: killed", status == -number, said + err)
+        else:
+            hits += 1
+            check(f"{name}: stops when asked", status == 128 + number and "--resume" in said and not err, said + err)
+    print(f"    {name}: {hits} interruptions, {resumes} resumed, {finished} runs with the undisturbed result")
+
+
+def test_killed(runs, long):
+    expected = undisturbed(runs, "rigsa")
+    disturb(runs, "killed", runs.usual(), expected, signal.SIGKILL, 50 if long else 8, 1.5, (1, 2, 3))
+
+
+def test_terminated(runs, long):
+    options = ("--survivors", "redraw", "--keep", "0.8", "--threshold", "all", "--micro", "5", "--precision", "bf16")
+    expected = undisturbed(runs, "redraw", *options)
+    disturb(runs, "terminated", runs.usual(*options), expected, signal.SIGTERM, 20 if long else 3, 1.5)
+    disturb(runs, "interrupted", runs.usual(*options), expected, signal.SIGINT, 20 if long else 2, 1.5)
+
+
+def test_full(runs, long):
+    expected = undisturbed(runs, "full", "--method", "full")
+    disturb(runs, "full-killed", runs.usual("--method", "full"), expected, signal.SIGKILL, 20 if long else 3, 0.6)
+
+
+def test_second_signal(runs, long):
+    """In an update that takes long, the first signal waits for its end and the second does not."""
+    process = runs.start("slow", *runs.usual("--batch", "1000000", "--examples", "100000", "--micro", "16"))
+    begun(runs, "slow", process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    check("the first signal lets the step finish", process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(1)
+    except subprocess.TimeoutExpired:
+        check("the second signal stops at once", False)
+        process.kill()
+    check("by itself", finish(process)[0] == -signal.SIGINT)
+    check("the state of before is there", os.path.exists(runs.path("slow/state.bin")))
+
+
+def begun(runs, name, process):
+    """Waits until the run has saved itself for the first time."""
+    while process.poll() is None and not os.path.exists(runs.path(f"{name}/settings.txt")):
+        time.sleep(0.02)
+
+
+def stopped_run(runs, name):
+    """A run that was stopped on its way."""
+    for wait in (1.0, 0.7, 0.5, 0.3):
+        process = runs.start(name, *runs.usual(), "--overwrite")
+        time.sleep(wait)
+        process.terminate()
+        if finish(process)[0] == 128 + signal.SIGTERM:
+            return
+    check(f"{name}: stopped", False)
+
+
+def test_disk_full(runs, long):
+    """Files may not grow beyond `limit` bytes: the state is neither lost nor replaced by half of one."""
+    stopped_run(runs, "before")
+    expected = undisturbed(runs, "roomy")
+    with open(runs.path("before/state.bin"), "rb") as file:
+        state = file.read()
+    warned = died = 0
+    limits = random.Random(1).sample(range(1, len(state)), 200 if long else 10)
+    for limit in [0, 1, 32, 4095, 4096, len(state) - 1, *limits]:
+        shutil.rmtree(runs.path("tight"), ignore_errors=True)
+        shutil.copytree(runs.path("before"), runs.path("tight"))
+        process = runs.start("tight", "--resume", "--save-every", "0.01", limits={resource.RLIMIT_FSIZE: limit})
+        time.sleep(random.uniform(0.05, 0.4))
+        process.terminate()
+        status, said, err = finish(process)
+        died += status == 1
+        warned += "warning" in err
+        check(f"limit {limit}: exit", status in (0, 1, 128 + signal.SIGTERM, -signal.SIGTERM), f"{status} {said} {err}")
+        check(f"limit {limit}: says why", status != 1 or "File too large" in err, err)
+        check(f"limit {limit}: nothing half", status == -signal.SIGTERM or not any(name.endswith(".tmp") for name in os.listdir(runs.path("tight"))))
+        if not os.path.exists(runs.path("tight/state.bin")):
+            check(f"limit {limit}: the state is there", False)
+            continue
+        with open(runs.path("tight/state.bin"), "rb") as file:
+            same = file.read() == state
+        if not same or limit % 7 == 0:                              # a later state, a smaller one that had room, or the same
+            status, said, err = runs.run("tight", "--resume")
+            check(f"limit {limit}: goes on", status == 0 and runs.result("tight") == expected, said + err)
+    check("some ended, some warned", died and warned)
+    print(f"    {len(limits) + 6} limits: {warned} runs warned, {died} ended with exit status 1")
+    status, said, err = runs.run("nothing", *runs.usual(), limits={resource.RLIMIT_FSIZE: len(state) // 2})
+    check("no room at the start", status == 1 and one_line(err, "state.bin: cannot be written: File too large"), err)
+    user = 65534 if os.getuid() == 0 else None
+    os.chmod(runs.folder, 0o755)
+    os.mkdir(runs.path("closed"), 0o555)
+    status, said, err = runs.run("closed", *runs.usual(), user=user)
+    check("a folder that may not be written to", status == 1 and one_line(err, "Permission denied"), f"{status} {err}")
+    process = runs.start("gone", *runs.usual("--save-every", "0.01"))
+    begun(runs, "gone", process)
+    shutil.rmtree(runs.path("gone"), ignore_errors=True)
+    status, said, err = finish(process)
+    check("the folder is removed under way", status == 1 and "ticket.bin: cannot be written: No such file" in err, err)
+
+
+def test_lock(runs, long):
+    first = runs.start("shared", *runs.usual("--examples", "100000"))
+    begun(runs, "shared", first)
+    for options in (["--resume"], [*runs.usual(), "--overwrite"]):
+        status, said, err = runs.run("shared", *options)
+        check("a second run in the folder", status == 1 and one_line(err, "another run"), err)
+    first.kill()
+    finish(first)
+    process = runs.start("shared", "--resume")
+    time.sleep(0.5)
+    process.terminate()
+    check("the lock went with the first", finish(process)[0] == 128 + signal.SIGTERM)
+
+
+def test_other_settings(runs, long):
+    stopped_run(runs, "chosen")
+    shutil.copy(runs.eval, runs.path("other.bin"))
+    for option, value in (("lr", "0.004"), ("rounds", "2"), ("seed", "2"), ("batch", "8"), ("micro", "4"), ("rest", "init"),
+                          ("eval", runs.path("other.bin")), ("method", "full"), ("method", "eval"), ("keep", "0.5601")):
+        status, said, err = runs.run("chosen", "--resume", f"--{option}", value)
+        check(f"another --{option}", status == 1 and not said and one_line(err, f"--{option} is {value}, "), err)
+    status, said, err = runs.run("chosen", "--resume", "--overwrite")
+    check("resume and overwrite", status == 1 and one_line(err, "--overwrite"), err)
+    status, said, err = runs.run("empty", "--resume")
+    check("nothing to resume", status == 1 and one_line(err, "state.bin: No such file"), err)
+    status, said, err = runs.run("chosen", *runs.usual())
+    check("neither resume nor overwrite", status == 1 and not said and one_line(err, "--resume"), err)
+    os.rename(runs.path("chosen"), runs.path("renamed"))
+    changed = rigsa_file.read_examples(runs.eval)
+    changed["examples"] = changed["examples"][::-1]
+    shutil.copy(runs.eval, runs.path("kept.bin"))
+    rigsa_file.write_file(runs.eval, "data", rigsa_file.data_sections(**changed))
+    status, said, err = runs.run("renamed", "--resume")
+    check("an evaluation set that changed", status == 1 and one_line(err, "eval.bin has changed"), err)
+    os.replace(runs.path("kept.bin"), runs.eval)
+    status, said, err = runs.run("renamed", "--resume", *runs.usual())
+    check("the same settings again, in a renamed folder", status == 0, err)
+
+
+def test_command_lines(runs, long):
+    text = runs.path("a file")
+    with open(text, "w") as file:
+        file.write("text")
+    other = rigsa_file.read_examples(runs.eval)
+    other["vocab"] = 50
+    vocabulary = runs.path("vocabulary.bin")
+    rigsa_file.write_file(vocabulary, "data", rigsa_file.data_sections(**other))
+    pipe = runs.path("pipe")
+    os.mkfifo(pipe)
+    for options, word in ((["--learning-rate", "1"], "unknown option"), (["lr"], "unknown option"), (["--lr"], "needs a value"),
+                          (["--lr", "fast"], "not a number"), (["--lr", "11"], "0 to 10"), (["--lr", "inf"], "not a number"),
+                          (["--batch", "1.5"], "whole"), (["--keep", "-0.1"], "0 to 1"), (["--method", "lora"], "none of"),
+                          (["--save-every", "-1"], "0 to"), (["--seed", "1", "--seed", "1"], "twice"),
+                          (["--out", f"{text}/out"], "Not a directory"), (["--out", text], "Not a directory"),
+                          (["--out", runs.path("no/such")], "No such file"), (["--out", ""], "No such file"),
+                          (["--out", "x" * 300], "too long"), (["--out", runs.folder + "/." * 2036], "too long"),
+                          (["--eval", vocabulary], "vocabulary of 50"), (["--data", vocabulary], "vocabulary of 50"),
+                          (["--data", text], "too short"), (["--data", pipe], "not a file"),
+                          (["--data", runs.folder], "not a file"),
+                          (["--data", f"{NANO}/base.bin"], "`data` is needed"), (["--base", runs.data], "`base` is needed"),
+                          (["--data", runs.path("none")], "No such file")):
+        process = subprocess.run([PROGRAM, *([] if "--out" in options else ["--out", runs.path("bad")]), *options],
+                                 capture_output=True, text=True, timeout=20)
+        check(" ".join(options)[:40], process.returncode == 1 and not process.stdout and one_line(process.stderr, word),
+              process.stderr)
+
+
+def test_not_finite(runs, long):
+    """Steps far too large: named, before the update, and the state stays."""
+    status, said, err = runs.run("wild", *runs.usual("--lr", "10", "--weight-decay", "0", "--alpha-lr", "10", "--sigma", "1e6",
+                                              "--warmup", "0", "--save-every", "0.0001"))
+    named = re.search(r"^train_rigsa: 1, update \d+: (the gradient of|the output of layer|the loss) .*is not finite", err)
+    check("named", status == 1 and named, err)
+    check("with a cause", "smaller --lr" in err and err.count("\n") == 1, err)
+    check("the state is good and leads to the same end", runs.run("wild", "--resume")[2] == err)
+
+
+def test_memory(runs, long):
+    """A limit just below the plan is refused with numbers, one that has room for the plan and the program itself is not."""
+    usual = runs.usual("--rounds", "0", "--ticket-examples", "200", "--batch", "200")
+    status, said, err = runs.run("plan", *usual)
+    planned = float(re.search(r"together ([\d.]+) MB", said)[1])
+    status, said, err = runs.run("small", *usual, limits={resource.RLIMIT_AS: int(planned * 1e6) - 100000})
+    found = re.search(r"([\d.]+) MB are needed, ([\d.]+) are there .*; --micro (\d+) needs ([\d.]+)", err)
+    check("refused", status == 1 and err.count("\n") == 1 and found, err)
+    check("with the numbers", found and float(found[1]) == planned > float(found[2]) > float(found[4]), err)
+    status, said, err = runs.run("micro", *usual, "--micro", found[3] if found else "1",
+                                 limits={resource.RLIMIT_AS: int(planned * 1e6) + 30000000})
+    check("what it advises fits", status == 0, err)
+    process = runs.start("enough", *usual)
+    _, status, used = os.wait4(process.pid, 0)
+    used = used.ru_maxrss * 1024e-6
+    check("no more memory than planned, and 16 MB", status == 0 and used < planned + 16, f"{used} MB, planned {planned}")
+    print(f"    planned {planned} MB, used {used:.1f} MB")
+    if long:
+        memory_135m(runs)
+
+
+def memory_135m(runs):
+    """One update in SmolLM2-135M's shape (of zeros, in bfloat16), just above and just below its plan."""
+    config = dict(dim=576, ffn=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192, tied=1, dtype=1,
+                  theta=1e5, eps=1e-5)
+    weights = 2 * sum(math.prod(shape) for _, shape in rigsa_file.tensor_shapes(config))
+    rigsa_file.write_file(runs.path("135m.bin"), "base", [("config", rigsa_file.pack_config(config)), ("weights", bytes(weights))])
+    examples = rigsa_file.data_sections(vocab=49152, examples=[([7] * 60, 59)], column="any", metric="exact")
+    rigsa_file.write_file(runs.path("any.bin"), "data", examples)
+    usual = runs.usual("--base", runs.path("135m.bin"), "--data", runs.path("any.bin"), "--eval", runs.path("any.bin"),
+                       "--rounds", "0", "--ticket-examples", "1", "--batch", "1")
+    status, said, err = runs.run("small135m", *usual, limits={resource.RLIMIT_AS: 1000000000})
+    planned = float(re.search(r"together ([\d.]+) MB", said)[1])
+    check("135M at 1 GB", status == 1 and f"{planned} MB are needed, 1000.0 are there" in err, err)
+    status, said, err = runs.run("below", *usual, limits={resource.RLIMIT_AS: int(planned * 1e6) - 1000000})
+    check("135M below", status == 1 and "are needed" in err and not os.path.exists(runs.path("below/state.bin")), err)
+    room = weights + 100000000                                          # the mapped file, and the program with its stacks
+    process = runs.start("above", *usual, limits={resource.RLIMIT_AS: int(planned * 1e6) + room})
+    said = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    check("135M above", status == 0, said + process.stderr.read())
+    print(f"    135M: planned {planned} MB, used {used.ru_maxrss * 1024e-6:.1f} MB, the base's {weights * 1e-6:.1f} MB file with it")
+
+
+TESTS = (test_killed, test_terminated, test_full, test_second_signal, test_disk_full, test_lock, test_other_settings,
+         test_command_lines, test_not_finite, test_memory)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--long", action="store_true", help="as many repetitions as doc/reliability.md speaks of")
+    parser.add_argument("--only", default="", help="a word of the test's name")
+    args = parser.parse_args()
+    random.seed(time.time_ns())
+    for test in TESTS:
+        if args.only in test.__name__:
+            before = dict(count)
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.time()
+                test(Runs(folder), args.long)
+            print(f"{test.__name__[5:]:16} {count[True] - before[True]} passed, {count[False] - before[False]} failed, "
+                  f"{time.time() - began:.0f} s", flush=True)
+    print(f"{count[True]} passed, {count[False]} failed")
+    sys.exit(count[False] > 0)
+
+
+if __name__ == "__main__":
+    main()
