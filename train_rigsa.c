@@ -69,9 +69,6 @@ static int omp_get_num_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 static int omp_in_parallel(void) { return 0; }
 #endif
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the file formats are little-endian, and so must the machine be"
 #endif
@@ -427,7 +424,8 @@ static inline __attribute__((always_inline)) vec multiply_add(vec sum, vec a, ve
 {
     if (of == FP32) return sum + a * b;
 #ifdef __AVX512BF16__
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));   // the intrinsic makes gcc 12 store every sum at every step
+    return sum;
 #else
     vec_bits ia = (vec_bits)a, ib = (vec_bits)b;
     return sum + (vec)(ia & 0xFFFF0000) * (vec)(ib & 0xFFFF0000) + (vec)(ia << 16) * (vec)(ib << 16);
@@ -459,8 +457,12 @@ void matmul_tile(float *c, size_t ldc, const float *a, size_t a_row, size_t a_co
                 vec *to = (vec *)(c + r * ldc + v * LANES);
                 *to = add ? (vec)(*to + sum[r][v]) : sum[r][v];
             }
-    } else {                                             // an edge of c: only what is inside
-        const float *from = (const float *)sum;
+    } else {                                             // an edge of c: only what is inside, by way of memory
+        float from[MR * NR];
+        #pragma GCC unroll 8
+        for (int r = 0; r < MR; r++)
+            #pragma GCC unroll 4
+            for (int v = 0; v < nv; v++) *(vec *)(from + r * NR + v * LANES) = sum[r][v];
         for (size_t r = 0; r < rows; r++)
             for (size_t j = 0; j < cols; j++) c[r * ldc + j] = add ? c[r * ldc + j] + from[r * NR + j] : from[r * NR + j];
     }
