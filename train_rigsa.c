@@ -398,6 +398,8 @@ static _Thread_local float packed_b[KC * NC] __attribute__((aligned(64)));
 typedef enum { FP32, BF16 } Precision;
 static Precision precision;
 
+static size_t steps_per_lane(void) { return precision == BF16 ? 2 : 1; }
+
 // To bfloat16, ties to even. A NaN stays one: the carry out of its mantissa could make it a zero.
 static inline uint32_t round_bf16(float x)
 {
@@ -500,6 +502,7 @@ static inline __attribute__((always_inline)) void transpose_block(vec row[LANES]
 }
 
 typedef union { vec all; float one[LANES]; uint16_t half[2 * LANES]; } Lanes;
+static const float ZEROS[NR];           // what an odd sum's last step is paired with
 
 // LANES lanes along k from one row (or column), whose steps of k are `along` apart; only `steps` steps exist, the others are zero.
 static inline vec lanes_along(const float *from, size_t along, size_t steps)
@@ -517,9 +520,8 @@ static inline vec lanes_along(const float *from, size_t along, size_t steps)
 // One lane of k from each of LANES neighbours that lie side by side; only `used` of them exist.
 static inline vec lanes_across(const float *from, size_t along, size_t steps, size_t used)
 {
-    static const float zeros[LANES];                    // what an odd sum's last step is paired with
     Lanes lanes = { { 0 } };
-    const float *high = steps > 1 ? from + along : zeros;
+    const float *high = steps > 1 ? from + along : ZEROS;
     if (precision == FP32) {
         if (used >= LANES) return *(const vec *)from;
         for (size_t j = 0; j < used; j++) lanes.one[j] = from[j];
@@ -530,14 +532,14 @@ static inline vec lanes_across(const float *from, size_t along, size_t steps, si
 
 // to (lanes of k, width) = the strip of `width` rows (or columns) that starts at from; `used` of them exist, the others become zero.
 // Neighbours are `across` apart, steps of k `along`. Where width is no multiple of LANES, a store spills into the next lane's
-// place, which is written after it.
+// place, which is written after it. (Strips that lie across are not made by lanes_across: for the MR rows of a, half a vector, it is
+// slower.)
 static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K)
 {
-    size_t per = precision == BF16 ? 2 : 1, lanes = (K + per - 1) / per;
-    static const float zeros[NR];
+    size_t per = steps_per_lane(), lanes = (K + per - 1) / per;
     if (across == 1)
         for (size_t k = 0; k < lanes; k++) {
-            const float *low = from + per * k * along, *high = per * k + 1 < K ? low + along : zeros;
+            const float *low = from + per * k * along, *high = per * k + 1 < K ? low + along : ZEROS;
             if (precision == FP32) for (size_t j = 0; j < used; j++) to[k * width + j] = low[j];
             else for (size_t j = 0; j < used; j++) to[k * width + j] = pair_bf16(low[j], high[j]);
             for (size_t j = used; j < width; j++) to[k * width + j] = 0;
@@ -610,7 +612,7 @@ static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size
     }
     size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
     size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
-    size_t per = precision == BF16 ? 2 : 1;
+    size_t per = steps_per_lane();
     float *pa = packed_a;
     for (size_t j0 = 0; j0 < N; j0 += NC)
         for (size_t k0 = 0; k0 < K; k0 += per * KC) {
@@ -989,7 +991,7 @@ enum { SPAN = 128 };         // lanes of rows that are differentiated at a time:
 // to (cols, SPAN) = from (rows, cols) transposed, in lanes as matmul packs them; zero where there are no more rows.
 static void transpose_lanes(float *to, const float *from, size_t rows, size_t cols)
 {
-    size_t per = precision == BF16 ? 2 : 1;
+    size_t per = steps_per_lane();
     #pragma omp parallel for collapse(2)
     for (size_t n0 = 0; n0 < SPAN; n0 += LANES)
         for (size_t c0 = 0; c0 < cols; c0 += LANES) {
@@ -1018,7 +1020,7 @@ static void sampled_product(float *dw, const Tensor *delta, const float *x, cons
     float *dy_t = transposed, *x_t = transposed + O * SPAN;        // (O, SPAN), (I, SPAN)
     memset(dw, 0, delta->n * sizeof(float));
     for (size_t n = 0; n < N; n += rows) {
-        rows = min_size(N - n, precision == BF16 ? 2 * SPAN : SPAN);
+        rows = min_size(N - n, steps_per_lane() * SPAN);
         transpose_lanes(dy_t, dy + n * O, rows, O);
         transpose_lanes(x_t, x + n * I, rows, I);
         #pragma omp parallel for
@@ -1329,6 +1331,13 @@ static int model_update(Model *model, size_t t, float factor)
     for (Tensor *p = model->tensors; p < model->tensors + model->all_tensors; p++)
         if (p->grad) adamw(p->value, p->grad, p->m, p->v, p->n, p->lr * factor, p->decay, clip, t);
     return 1;
+}
+
+static size_t trained_values(const Model *model)
+{
+    size_t n = 0;
+    for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) if (t->grad) n += t->n;
+    return n;
 }
 
 static void model_zero_grad(Model *model)
@@ -2616,10 +2625,9 @@ static size_t updates_before(const Run *run, size_t pass)
 static int state_save(Run *run, const char *path)
 {
     Model *model = &run->model;
-    size_t trained = 0, s = 9;
+    size_t trained = trained_values(model), s = 9;
     double clock[2] = { seconds() - run->start, run->done };
     uint64_t *entries = allocate(matrices(model), sizeof(uint64_t));
-    for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) trained += t->grad ? t->n : 0;
     Section section[13] = {
         { "inputs", run->hash, (2 + run->evals) * sizeof(uint64_t) }, { "settings", run->settings, strlen(run->settings) },
         { "clock", clock, sizeof clock }, { "rows", run->row, run->rows * sizeof(Row) },
@@ -2676,7 +2684,7 @@ static void state_load(Run *run, const char *path)
 {
     Model *model = &run->model;
     File file = file_open(path, "stat");
-    size_t trained = 0, rows, losses;
+    size_t rows, losses;
     const uint64_t *hash = needed(&file, "inputs", 2 + run->evals, sizeof(uint64_t));
     const double *clock = needed(&file, "clock", 2, sizeof(double));
     const Row *row = section(&file, "rows", &rows);
@@ -2700,7 +2708,7 @@ static void state_load(Run *run, const char *path)
         adapter_load(model, &file);
         trained_arenas(model, delta_tensor(model, 0), gates_tensor(model) + 1);
     }
-    for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) trained += t->grad ? t->n : 0;
+    size_t trained = trained_values(model);
     if (opt.method == METHOD_FULL) memcpy(model->base_arena, numbers(&file, "weights", trained), trained * sizeof(float));
     memcpy(model->m_arena, numbers(&file, "m", trained), trained * sizeof(float));
     memcpy(model->v_arena, numbers(&file, "v", trained), trained * sizeof(float));

@@ -482,9 +482,7 @@ static void start_baseline(Model *model)
 static void train_row(Run *run, size_t pass)
 {
     Model *model = &run->model;
-    size_t n = 0;
-    for (Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) if (t->grad) n += t->n;
-    double density = (double)n / (double)all_entries(model);
+    double density = (double)trained_values(model) / (double)all_entries(model);
     char path[PATH_MAX];
     train_pass(run, pass, density);
     print_row(run, add_row(run, density));

@@ -6,9 +6,6 @@
 #define main test_main
 #include "../test_rigsa.c"
 #undef main
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 static const int PRECISIONS = 2;
 static const char *const PRECISION[] = { "fp32", "bf16" };
@@ -126,58 +123,34 @@ typedef struct { double flops[2], read, copy, update; } Limits;     // operation
 
 // Registers of multiply-adds that do not wait for each other: enough to hide the latency (4 or 5 cycles, 2 a cycle).
 enum { CHAINS = 12, LINKS = 20000 };
-#if defined(__AVX512F__)
-enum { WIDE = 16 };
-#elif defined(__AVX__)
-enum { WIDE = 8 };
-#else
-enum { WIDE = 4 };
-#endif
-typedef float wide __attribute__((vector_size(4 * WIDE)));
 static volatile float factor = 0.999f, addend = 0.001f, sink;
 
-static void fma_loop(const void *job)
+static inline __attribute__((always_inline)) void multiply_loop(Precision of)
 {
-    (void)job;
     #pragma omp parallel
     {
-        wide x = factor - (wide){ 0 }, y = addend - (wide){ 0 }, sum[CHAINS];
+        vec x = broadcast(factor), y = broadcast(addend), sum[CHAINS];
         for (int i = 0; i < CHAINS; i++) sum[i] = y * (float)i;
         for (int n = 0; n < LINKS; n++)
             #pragma GCC unroll 12
-            for (int i = 0; i < CHAINS; i++) sum[i] = sum[i] * x + y;
+            for (int i = 0; i < CHAINS; i++) sum[i] = multiply_add(sum[i], x, y, of);
         for (int i = 1; i < CHAINS; i++) sum[0] += sum[i];
         sink = sum[0][0];
     }
 }
 
-#ifdef __AVX512BF16__
-static void bf16_loop(const void *job)
-{
-    (void)job;
-    #pragma omp parallel
-    {
-        __m512bh x = _mm512_cvtne2ps_pbh(_mm512_set1_ps(factor), _mm512_set1_ps(addend));
-        __m512 sum[CHAINS];
-        for (int i = 0; i < CHAINS; i++) sum[i] = _mm512_set1_ps((float)i);
-        for (int n = 0; n < LINKS; n++)
-            #pragma GCC unroll 12
-            for (int i = 0; i < CHAINS; i++) sum[i] = _mm512_dpbf16_ps(sum[i], x, x);
-        for (int i = 1; i < CHAINS; i++) sum[0] += sum[i];
-        sink = sum[0][0];
-    }
-}
-#endif
+static void fp32_loop(const void *job) { (void)job, multiply_loop(FP32); }
+__attribute__((unused)) static void bf16_loop(const void *job) { (void)job, multiply_loop(BF16); }
 
 enum { STREAM = 1 << 25 };              // floats: 128 MiB, more than caches hold
 
 static void read_loop(const void *job)
 {
-    const wide *x = job;
-    enum { VECTORS = STREAM / WIDE / PARTS };
+    const vec *x = job;
+    enum { VECTORS = STREAM / LANES / PARTS };
     #pragma omp parallel for
     for (size_t p = 0; p < PARTS; p++) {
-        wide sum[4] = { { 0 } };
+        vec sum[4] = { { 0 } };
         for (size_t i = p * VECTORS; i < (p + 1) * VECTORS; i += 4)
             for (size_t j = 0; j < 4; j++) sum[j] += x[i + j];
         sink = (sum[0] + sum[1] + sum[2] + sum[3])[0];
@@ -209,8 +182,8 @@ static Limits measure_limits(int threads)
 {
     Limits limits = { .flops = { 0, NAN } };
     omp_set_num_threads(threads);
-    double operations = 2.0 * WIDE * CHAINS * LINKS * threads, bytes = 4.0 * STREAM;
-    limits.flops[0] = operations / least_seconds(fma_loop, NULL);
+    double operations = 2.0 * LANES * CHAINS * LINKS * threads, bytes = 4.0 * STREAM;
+    limits.flops[0] = operations / least_seconds(fp32_loop, NULL);
 #ifdef __AVX512BF16__
     limits.flops[1] = 2 * operations / least_seconds(bf16_loop, NULL);
 #endif
