@@ -146,7 +146,7 @@ typedef struct {
     float *dx, *dxn;           // (N, C)
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
     float *dgate, *dup, *dh;   // (N, F)
-    float *transposed;         // (O + I, SPAN) of the largest matrix: dy^T and x^T for the sampled gradient
+    float *transposed;         // (I, SPAN) of the widest matrix: x^T for the sampled gradient
     float *cached_k, *cached_v;// (K, KV, D); one for all layers or, where there is a past, one per layer, `layer_stride` apart
     size_t layer_stride;
     float *scores;             // a Block of attention for each thread
@@ -988,49 +988,70 @@ static double sum_of_parts(const double *part)
 
 enum { SPAN = 128 };         // lanes of rows that are differentiated at a time: x's, transposed, stay in L2 or near it
 
-// to (cols, SPAN) = from (rows, cols) transposed, in lanes as matmul packs them; zero where there are no more rows.
-static void transpose_lanes(float *to, const float *from, size_t rows, size_t cols)
+// to (LANES, SPAN) = LANES columns of from (rows, stride), transposed, in lanes as matmul packs them; `cols` of them exist, and zero
+// stands where there are no more rows. The neighbours, which come next, are fetched meanwhile: they lie a whole row apart, which
+// no hardware foresees.
+static void transpose_lanes(float *to, const float *from, size_t stride, size_t rows, size_t cols)
 {
     size_t per = steps_per_lane();
-    #pragma omp parallel for collapse(2)
-    for (size_t n0 = 0; n0 < SPAN; n0 += LANES)
-        for (size_t c0 = 0; c0 < cols; c0 += LANES) {
-            vec block[LANES];
-            for (size_t n = n0; n < n0 + LANES; n++)
-                block[n - n0] = per * n < rows ? lanes_across(from + per * n * cols + c0, cols, rows - per * n, cols - c0) : (vec){ 0 };
-            transpose_block(block);
-            for (size_t c = c0; c < min_size(cols, c0 + LANES); c++) *(vec *)(to + c * SPAN + n0) = block[c - c0];
+    for (size_t n0 = 0; n0 < SPAN; n0 += LANES) {
+        vec block[LANES];
+        for (size_t n = n0; n < n0 + LANES; n++) {
+            const float *row = from + per * n * stride;
+            block[n - n0] = per * n < rows ? lanes_across(row, stride, rows - per * n, cols) : (vec){ 0 };
+            for (size_t step = 0; step < per; step++) __builtin_prefetch(row + step * stride + LANES, 0, 2);
         }
+        transpose_block(block);
+        for (size_t c = 0; c < LANES; c++) *(vec *)(to + c * SPAN + n0) = block[c];
+    }
 }
 
-static inline __attribute__((always_inline)) float lanes_dot(const float *a, const float *b, Precision of)
+// dw[k] += dy_o . x_i for one row o of dy^T, which stays in registers, and the columns i of its entries, index[k] = o I + i.
+static inline __attribute__((always_inline))
+void sampled_row(float *dw, const float *dy_o, const float *x_t, const uint32_t *index, size_t row_start, size_t n, Precision of)
 {
     typedef float quad __attribute__((vector_size(16)));
-    union { vec all; quad part[LANES / 4]; } sum = { { 0 } };
-    #pragma GCC unroll 8
-    for (int l = 0; l < SPAN; l += LANES) sum.all = multiply_add(sum.all, *(const vec *)(a + l), *(const vec *)(b + l), of);
-    for (int i = 1; i < LANES / 4; i++) sum.part[0] += sum.part[i];
-    return (sum.part[0][0] + sum.part[0][2]) + (sum.part[0][1] + sum.part[0][3]);
+    vec dy[SPAN / LANES];
+    memcpy(dy, dy_o, sizeof dy);
+    for (size_t k = 0; k < n; k++) {
+        const vec *x_i = (const vec *)(x_t + (index[k] - row_start) * SPAN);
+        union { vec all; quad part[LANES / 4]; } sum = { { 0 } };
+        #pragma GCC unroll 8
+        for (int l = 0; l < SPAN / LANES; l++) sum.all = multiply_add(sum.all, dy[l], x_i[l], of);
+        for (int i = 1; i < LANES / 4; i++) sum.part[0] += sum.part[i];
+        dw[k] += (sum.part[0][0] + sum.part[0][2]) + (sum.part[0][1] + sum.part[0][3]);
+    }
 }
 
 // dw[k] = entry index[k] of dy^T x: only the survivors are differentiated, each a dot product of two rows of the transposes.
-static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *transposed, size_t N)
+// x_t is scratch for x^T (I rounded up to LANES, SPAN), which all threads fill and read; of dy^T each thread makes
+// LANES rows at a time; its share is whole blocks of rows, with about as many entries as the others'.
+static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *x_t, size_t N)
 {
-    size_t O = delta->rows, I = delta->cols, rows;
-    float *dy_t = transposed, *x_t = transposed + O * SPAN;        // (O, SPAN), (I, SPAN)
+    size_t O = delta->rows, I = delta->cols;
+    const uint32_t *index = delta->index;
     memset(dw, 0, delta->n * sizeof(float));
-    for (size_t n = 0; n < N; n += rows) {
-        rows = min_size(N - n, steps_per_lane() * SPAN);
-        transpose_lanes(dy_t, dy + n * O, rows, O);
-        transpose_lanes(x_t, x + n * I, rows, I);
-        #pragma omp parallel for
-        for (size_t p = 0; p < PARTS; p++) {
-            size_t k = delta->n * p / PARTS, end = delta->n * (p + 1) / PARTS, o = k < end ? delta->index[k] / I : 0;
-            for (; k < end; k++) {
-                while (delta->index[k] >= (o + 1) * I) o++;
-                const float *dy_o = dy_t + o * SPAN, *x_i = x_t + (delta->index[k] - o * I) * SPAN;
-                dw[k] += precision == FP32 ? lanes_dot(dy_o, x_i, FP32) : lanes_dot(dy_o, x_i, BF16);
+    #pragma omp parallel
+    {
+        size_t id = (size_t)omp_get_thread_num(), threads = (size_t)omp_get_num_threads(), rows;
+        size_t first = delta->n * id / threads, last = delta->n * (id + 1) / threads;
+        size_t o_first = first < delta->n ? index[first] / I / LANES * LANES : O;
+        size_t o_end = last < delta->n ? index[last] / I / LANES * LANES : O;
+        while (first && index[first - 1] >= o_first * I) first--;
+        for (size_t n = 0; n < N; n += rows) {
+            rows = min_size(N - n, steps_per_lane() * SPAN);
+            #pragma omp for
+            for (size_t i = 0; i < I; i += LANES) transpose_lanes(x_t + i * SPAN, x + n * I + i, I, rows, I - i);
+            for (size_t o = o_first, end = first; o < o_end; o++) {
+                vec dy_t[SPAN];                          // (LANES, SPAN)
+                const float *dy_o = (const float *)dy_t + o % LANES * SPAN;
+                size_t k = end;
+                if (o % LANES == 0) transpose_lanes((float *)dy_t, dy + n * O + o, O, rows, O - o);
+                while (end < delta->n && index[end] < (o + 1) * I) end++;
+                if (precision == FP32) sampled_row(dw + k, dy_o, x_t, index + k, o * I, end - k, FP32);
+                else                   sampled_row(dw + k, dy_o, x_t, index + k, o * I, end - k, BF16);
             }
+            #pragma omp barrier
         }
     }
 }
@@ -2061,7 +2082,7 @@ static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M
     a->dx = take(arena, N * C), a->dxn = take(arena, N * C), a->dxm = take(arena, M * C), a->dxf = take(arena, M * C);
     a->dq = take(arena, N * HD), a->dk = take(arena, N * KVD), a->dv = take(arena, N * KVD), a->datt = take(arena, N * HD);
     a->dgate = take(arena, N * F), a->dup = take(arena, N * F), a->dh = take(arena, N * F);
-    a->transposed = take(arena, SPAN * (C + max_size(F, HD)));
+    a->transposed = take(arena, SPAN * (max_size(C, max_size(F, HD)) + LANES));
 }
 
 static size_t acts_alloc(Model *model, size_t N, size_t T, size_t M, size_t K, int past, int training, int really)
