@@ -307,9 +307,10 @@ static size_t set_index(Model *model, size_t a, size_t from, size_t n)
 // with probability (still needed) / (still to come).
 static void mask_random(Model *model, double density)
 {
-    size_t at = 0;
+    size_t at = 0, all = 0;
+    for (size_t a = 0; a < matrices(model); a++) all += share(density, matrix_size(model, a));
     free(model->index_arena);
-    model->index_arena = integers(all_entries(model));
+    model->index_arena = integers(all);
     for (size_t a = 0; a < matrices(model); a++) {
         size_t size = matrix_size(model, a), wanted = share(density, size), n = 0;
         uint64_t key = random_key(model->seed, STREAM_MASK, a, 0);

@@ -44,7 +44,7 @@ def main():
         weights = random_weights(config, std, args.seed)
         write_file(args.out, "base", [
             ("config", pack_config(config)),
-            ("name", f"random weights, seed {args.seed}, std {std:g}".encode()),
+            ("name", f"random weights of seed {args.seed} and deviation {std:g}".encode()),
             ("weights", weights.view(np.uint8)),
         ])
     except (OSError, ValueError) as error:
