@@ -134,13 +134,6 @@ static const Config
 static const Shape FEW[] = { { 2, 1 }, { 5, 3 }, { 9, 1 }, { 17, 14 } };
 enum { MOST_EXAMPLES = 16 };
 
-static size_t base_weights(const Model *model)
-{
-    size_t n = 0;
-    for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
-    return n;
-}
-
 // Lays examples first .. end - 1 end to end.
 static void rig_batch(Run *run, size_t first, size_t end)
 {

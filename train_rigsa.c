@@ -196,6 +196,25 @@ static size_t matrices(const Model *model) { return (size_t)ADAPTED * model->con
 static Tensor *delta_tensor(Model *model, size_t a) { return &model->tensors[model->base_tensors + a]; }
 static Tensor *gates_tensor(Model *model) { return delta_tensor(model, matrices(model)); }
 
+// How many values are stored in the tensors from `first` up to `end`.
+static size_t values_in(const Tensor *first, const Tensor *end)
+{
+    size_t n = 0;
+    for (const Tensor *t = first; t < end; t++) n += t->n;
+    return n;
+}
+
+static size_t adapter_entries(Model *model) { return values_in(delta_tensor(model, 0), gates_tensor(model)); }
+static size_t base_weights(const Model *model) { return values_in(model->tensors, model->tensors + model->base_tensors); }
+
+// Of the matrices that are adapted: as many as a dense adapter has entries.
+static size_t adapted_weights(const Model *model)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < model->base_tensors; i++) if (model->tensors[i].adapter >= 0) n += model->tensors[i].n;
+    return n;
+}
+
 static const char *const KIND[ADAPTED] = { "q", "k", "v", "o", "gate", "up", "down" };   // of adapted matrix a: a % ADAPTED
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1783,25 +1802,16 @@ static Data data_open(const char *path)
 
 static void base_save(const Model *model, const char *path)
 {
-    size_t n = 0;
     Config config = model->config;
     config.dtype = 0;
-    for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
     must_write(path, file_write(path, "base", (Section[]){
         { "config", &config, sizeof config },
         { "name", model->name, strlen(model->name) },
-        { "weights", model->base_arena, n * sizeof(float) } }, 3));
+        { "weights", model->base_arena, base_weights(model) * sizeof(float) } }, 3));
 }
 
 // What a ticket needs besides mask, values and gates to make the same W again.
 typedef struct { uint64_t seed; uint32_t draw, rest; float sigma; } __attribute__((packed)) TicketInit;
-
-static size_t adapter_entries(Model *model)
-{
-    size_t n = 0;
-    for (size_t a = 0; a < matrices(model); a++) n += delta_tensor(model, a)->n;
-    return n;
-}
 
 // What a ticket and a training state say of the adapter: four sections, but without an index if it is dense; returns how many.
 static size_t adapter_sections(Model *model, Section to[4], uint64_t *entries)
@@ -1851,13 +1861,11 @@ static uint64_t ticket_hash(Model *model)
 // Gives the model the adapter that adapter_sections described, without gradients.
 static void adapter_load(Model *model, const File *file)
 {
-    size_t count = matrices(model), n = 0, full = 0, at = 0, length;
+    size_t count = matrices(model), n = 0, full = adapted_weights(model), at = 0, length;
     const uint64_t *entries = needed(file, "entries", count, sizeof(uint64_t));
-    for (size_t a = 0; a < count; a++) {
+    for (size_t a = 0; a < count; n += entries[a++]) {
         Tensor *delta = delta_tensor(model, a);
         if (entries[a] > delta->rows * delta->cols) die("%s: more entries than %s has", file->path, delta->name);
-        n += entries[a];
-        full += delta->rows * delta->cols;
     }
     const float *value = numbers(file, "values", n), *gate = numbers(file, "gates", count);
     const uint32_t *index = n == full && !section(file, "index", &length) ? NULL : needed(file, "index", n, sizeof(uint32_t));
@@ -1967,12 +1975,8 @@ static File base_open(Model *model, const char *path)
 // Reads the weights into fp32. With --precision bf16 matrices that stay frozen are held in bfloat16: exactly, where the file is.
 static void base_read(Model *model, File *file, int trained)
 {
-    size_t n = 0, halves = 0, bytes = model->config.dtype ? 2 : 4;
     int half = precision == BF16 && !trained;
-    for (const Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
-        n += t->n;
-        if (half && t->adapter >= 0) halves += t->n;
-    }
+    size_t n = base_weights(model), halves = half ? adapted_weights(model) : 0, bytes = model->config.dtype ? 2 : 4;
     const char *from = needed(file, "weights", n, bytes);
     model->hash = hash64(from, n * bytes);
     float *value = model->base_arena = floats(n - halves);
@@ -1981,17 +1985,15 @@ static void base_read(Model *model, File *file, int trained)
         const float *single = (const float *)from;
         const uint16_t *brain = (const uint16_t *)from;
         int finite = 1;
-        for (size_t i = 0; i < t->n; i++) finite &= isfinite(bytes == 2 ? widen_bf16(brain[i]) : single[i]) != 0;
-        if (!finite) die("%s: %s has a weight that is not finite; %s", file->path, t->name, mend("base"));
-        if (half && t->adapter >= 0) {
-            for (size_t i = 0; i < t->n; i++) narrow[i] = bytes == 2 ? brain[i] : (uint16_t)round_bf16(single[i]);
-            t->half = narrow;
-            narrow += t->n;
-        } else {
-            for (size_t i = 0; i < t->n; i++) value[i] = bytes == 2 ? widen_bf16(brain[i]) : single[i];
-            t->value = value;
-            value += t->n;
+        if (half && t->adapter >= 0) t->half = narrow, narrow += t->n;
+        else t->value = value, value += t->n;
+        for (size_t i = 0; i < t->n; i++) {
+            float w = bytes == 2 ? widen_bf16(brain[i]) : single[i];
+            finite &= isfinite(w) != 0;
+            if (t->half) t->half[i] = (uint16_t)round_bf16(w);
+            else t->value[i] = w;
         }
+        if (!finite) die("%s: %s has a weight that is not finite; %s", file->path, t->name, mend("base"));
     }
     file_close(file);
     model->adapter = PLAIN;
@@ -2000,10 +2002,9 @@ static void base_read(Model *model, File *file, int trained)
 // Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
 static void trained_arenas(Model *model, Tensor *first, Tensor *end)
 {
-    size_t n = 0, at = 0;
+    size_t n = values_in(first, end), at = 0;
     free(model->grad_arena);
     free_moments(model);
-    for (Tensor *t = first; t < end; t++) n += t->n;
     model->grad_arena = floats(n);
     model->m_arena = floats(n);
     model->v_arena = floats(n);
@@ -2590,19 +2591,17 @@ static const char *duration(double s, char text[32])
     return text;
 }
 
-// Operations per row of a forward pass, and of a backward pass that differentiates `density` of the linear weights.
-static double forward_work(const Model *model, double T)
+// Operations per row of a pass that computes the linear products and attention's that many times over.
+static double row_work(const Model *model, double T, double linear, double attention)
 {
-    double linear = 0;
-    for (size_t i = 0; i < model->base_tensors; i++) if (model->tensors[i].adapter >= 0) linear += (double)model->tensors[i].n;
-    return 2 * linear + 2 * T * model->config.L * model->config.H * model->config.D;
+    const Config *c = &model->config;
+    return 2 * linear * (double)adapted_weights(model) + 2 * attention * T * c->L * c->H * c->D;
 }
 
-static double backward_work(const Model *model, double T, double density)
-{
-    double attention = 2 * T * model->config.L * model->config.H * model->config.D, linear = forward_work(model, T) - attention;
-    return linear * (1 + density) + 2.5 * attention;
-}
+static double forward_work(const Model *model, double T) { return row_work(model, T, 1, 1); }
+
+// Forward and backward, where dW is computed for a share `density` of the weights.
+static double training_work(const Model *model, double T, double density) { return row_work(model, T, 2 + density, 3.5); }
 
 // The line at the bottom of a terminal; a pipe does not see it.
 static void progress(Run *run, const char *what, double part, double loss, double tokens_per_second)
@@ -2834,7 +2833,7 @@ static void train_pass(Run *run, size_t pass, double density)
     size_t updates = updates_before(run, pass + 1) - before;
     uint32_t *order = visit_order(&run->data, count, run->model.seed, pass);
     double T = mean_length(&run->data), smooth = -1, begin = seconds(), last = begin;
-    double work = forward_work(&run->model, T) + backward_work(&run->model, T, density);
+    double work = training_work(&run->model, T, density);
     char text[64], number[24];
     const char *label = pass_label(run, pass, number);
     for (size_t t = run->updates - before + 1; t <= updates; t++) {
@@ -3043,13 +3042,7 @@ static void plan(Run *run)
     const Config *c = &model->config;
     Largest batch = largest_batch(run, (size_t)opt.micro);
     double pass_work = 0, eval_work = 0, density = 1, mean = mean_length(&run->data);
-    size_t weights = 0, adapted = 0, adapter = 0, most = 0, micro = (size_t)opt.micro, acts = acts_take(run, batch, 0);
-    for (size_t i = 0; i < model->base_tensors; i++) {
-        weights += model->tensors[i].n;
-        if (model->tensors[i].adapter >= 0) adapted += model->tensors[i].n;
-    }
-    for (size_t i = model->base_tensors; i < model->all_tensors; i++)
-        if (opt.method != METHOD_FULL && opt.method != METHOD_EVAL) adapter += model->tensors[i].n;
+    size_t most = 0, micro = (size_t)opt.micro, acts = acts_take(run, batch, 0);
     for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
         eval_work += forward_work(model, mean_length(eval)) * (double)eval->rows;
     if (batch.T > c->context) printf("note: sequences of %zu tokens, the base was made for %u\n", batch.T, c->context);
@@ -3058,13 +3051,15 @@ static void plan(Run *run)
     if (opt.method == METHOD_RIGSA) run->passes = (size_t)opt.rounds + 1;
     if (opt.method == METHOD_FULL) run->passes = 1;
     for (size_t p = 1; p <= run->passes; p++, density *= 0.5) {
-        pass_work += (forward_work(model, mean) + backward_work(model, mean, density)) * mean * (double)pass_examples(run, p);
+        pass_work += training_work(model, mean, density) * mean * (double)pass_examples(run, p);
         most = max_size(most, pass_examples(run, p));
     }
     run->work = pass_work + eval_work * (double)(run->passes + 1);
 
-    size_t trained = opt.method == METHOD_FULL ? weights : adapter;
-    size_t halved = precision == BF16 && opt.method != METHOD_FULL ? adapted / 2 : 0;
+    int full = opt.method == METHOD_FULL;
+    size_t weights = base_weights(model), adapted = adapted_weights(model), halved = precision == BF16 && !full ? adapted / 2 : 0;
+    size_t beside = values_in(model->tensors + model->base_tensors, model->tensors + model->all_tensors);
+    size_t adapter = full || opt.method == METHOD_EVAL ? 0 : beside, trained = full ? weights : adapter;
     size_t updates = updates_before(run, run->passes + 1), bytes[] = { weights - halved, adapter,
         trained, 2 * trained, acts, largest_matrix(model), most + run->data.examples + 2 * updates };
     const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch", "order and losses" };
@@ -3173,10 +3168,9 @@ static void run_whole(Run *run, int argc, char **argv)
     }
     draw_example(run);
     if (opt.method != METHOD_RIGSA) return;
-    size_t n = adapter_entries(model), full = 0;
-    for (size_t a = 0; a < matrices(model); a++) full += delta_tensor(model, a)->rows * delta_tensor(model, a)->cols;
+    size_t n = adapter_entries(model);
     printf("\nticket: density %.4f, %zu entries, hash %016llx\n",
-           (double)n / (double)full, n, (unsigned long long)ticket_hash(model));
+           (double)n / (double)adapted_weights(model), n, (unsigned long long)ticket_hash(model));
 }
 
 #ifndef TESTING

@@ -286,13 +286,6 @@ static const Adapter SQUARES = { lora_weight, squares_gradient };
 
 static size_t matrix_size(Model *model, size_t a) { return delta_tensor(model, a)->rows * delta_tensor(model, a)->cols; }
 
-static size_t all_entries(const Model *model)
-{
-    size_t n = 0;
-    for (size_t i = 0; i < model->base_tensors; i++) if (model->tensors[i].adapter >= 0) n += model->tensors[i].n;
-    return n;
-}
-
 static size_t share(double density, size_t n) { return (size_t)floor(density * (double)n); }
 
 // The entries of matrix a that its mask keeps: they are the next n of the index arena.
@@ -324,7 +317,7 @@ static void mask_random(Model *model, double density)
 // The entries with the largest scores; ties to the lower index. `score` is of all matrices, end to end.
 static void mask_largest(Model *model, const float *score, double density, Threshold over)
 {
-    size_t all = all_entries(model), at = 0;
+    size_t all = adapted_weights(model), at = 0;
     float *copy = memcpy(floats(all), score, all * sizeof(float));      // cut_magnitudes reorders it
     Cut cut = { 0 };
     free(model->index_arena);
@@ -351,13 +344,12 @@ typedef struct { uint32_t rank; float alpha; } LoraShape;
 
 static void lora_save(Model *model, const char *path, const char *settings)
 {
-    const Tensor *first = lora_tensor(model, 0), *end = model->tensors + model->all_tensors;
+    const Tensor *first = lora_tensor(model, 0);
+    size_t n = values_in(first, model->tensors + model->all_tensors);
     LoraShape shape = { (uint32_t)more.rank, lora_scale() * (float)more.rank };
     char base[8 + sizeof model->name];
-    size_t n = 0;
     memcpy(base, &model->hash, 8);
     memcpy(base + 8, model->name, sizeof model->name);
-    for (const Tensor *t = first; t < end; t++) n += t->n;
     must_write(path, file_write(path, "lora", (Section[]){
         { "base", base, 8 + strlen(model->name) },
         { "settings", settings, strlen(settings) },
@@ -377,13 +369,12 @@ static LoraShape lora_shape(const char *path)
 static void lora_load(Model *model, const char *path)
 {
     File file = file_open(path, "lora");
-    const Tensor *first = lora_tensor(model, 0), *end = model->tensors + model->all_tensors;
-    size_t length, n = 0;
+    const Tensor *first = lora_tensor(model, 0);
+    size_t length, n = values_in(first, model->tensors + model->all_tensors);
     const char *base = section(&file, "base", &length);
     if (!base || length < 8) die("%s: does not name its base", path);
     if (memcmp(base, &model->hash, 8))
         die("%s: made for the base `%.*s`, not for this `%s`", path, (int)length - 8, base + 8, model->name);
-    for (const Tensor *t = first; t < end; t++) n += t->n;
     memcpy(first->value, needed(&file, "values", n, sizeof(float)), n * sizeof(float));
     file_close(&file);
 }
@@ -399,7 +390,7 @@ static int is_low_rank(void) { return opt.method == METHOD_LORA || opt.method ==
 static void prepare_baseline(Run *run)
 {
     Model *model = &run->model;
-    size_t all = all_entries(model), lora_rows = is_low_rank() ? 2 * matrices(model) : 0, both = 0;
+    size_t all = adapted_weights(model), lora_rows = is_low_rank() ? 2 * matrices(model) : 0, both = 0;
     Tensor *end = model->tensors + model->base_tensors;
     model->seed = (uint64_t)opt.seed;
     model->sigma = (float)opt.sigma;
@@ -438,11 +429,10 @@ static void prepare_baseline(Run *run)
 static void start_trained(Model *model)
 {
     Tensor *first = model->tensors + model->base_tensors, *end = model->tensors + model->all_tensors;
-    size_t n = 0, at = 0;
+    size_t at = 0;
     if (*opt.ticket) first = lora_tensor(model, 0);         // eval: DeltaW and the gates are the ticket's
     else free(model->value_arena);
-    for (Tensor *t = first; t < end; t++) n += t->n;
-    model->value_arena = floats(n);
+    model->value_arena = floats(values_in(first, end));
     for (Tensor *t = first; t < end; at += t++->n) {
         t->value = model->value_arena + at;
         t->lr = (float)opt.lr;
@@ -483,7 +473,7 @@ static void start_baseline(Model *model)
 static void train_row(Run *run, size_t pass)
 {
     Model *model = &run->model;
-    double density = (double)trained_values(model) / (double)all_entries(model);
+    double density = (double)trained_values(model) / (double)adapted_weights(model);
     char path[PATH_MAX];
     train_pass(run, pass, density);
     print_row(run, add_row(run, density));
@@ -514,7 +504,7 @@ static void rosa_mask(Run *run)
         loss_and_gradient(run, order + (t - 1) * batch, batch);
         model_update(model, t, schedule(t, (count + batch - 1) / batch, opt.warmup, opt.cooldown));
     }
-    squares = floats(all_entries(model));
+    squares = floats(adapted_weights(model));
     model->adapter = SQUARES;
     loss_and_gradient(run, order + steps * batch, batch);
     mask_largest(model, squares, more.density, THRESHOLD_MATRIX);
