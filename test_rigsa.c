@@ -174,7 +174,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
         for (size_t i = 0; t->rows == 1 && i < t->n; i++) t->value[i] += 1;
     }
     model->hash = hash64(model->base_arena, weights * sizeof(float));
-    acts_alloc(model, data->tokens, data->longest, run->batch.answer.n, 4 * data->tokens, 1, 1, 1);
+    acts_alloc(model, (Largest){ data->tokens, data->longest, run->batch.answer.n, 4 * data->tokens, 1 }, 1);
     return run;
 }
 
@@ -727,7 +727,7 @@ static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
     precision = of;
     model->acts = (Activations){ .recompute = recompute };
     rig_batch(run, 0, run->data.examples);
-    acts_alloc(model, run->data.tokens, run->data.longest, run->batch.answer.n, 0, 0, 1, 1);
+    acts_alloc(model, (Largest){ run->data.tokens, run->data.longest, run->batch.answer.n, 0, 0 }, 1);
     rig_gradient(run, MOST_EXAMPLES);
     precision = FP32;
     return copy_of(model->grad_arena, n * sizeof(float));
@@ -1215,7 +1215,7 @@ static void test_save_and_load(void)
         ticket_save(from, ticket, "");
         *to = (Model){ 0 };
         base_load(to, base);
-        acts_alloc(to, loaded->data.tokens, loaded->data.longest, loaded->batch.answer.n, 0, 0, 0, 1);
+        acts_alloc(to, (Largest){ loaded->data.tokens, loaded->data.longest, loaded->batch.answer.n, 0, 0 }, 0);
         ticket_load(to, ticket);
         size_t values = adapter_entries(from) + matrices(from), logits = loaded->batch.answer.n * UNTIED.V;
         check_same("configuration", &to->config, &from->config, sizeof(Config));
@@ -1854,7 +1854,7 @@ static void test_story(void)
     const char *pieces = section(&file, "pieces", &n);
     if (!pieces) die("%s: has no section `pieces`, it is not of dev/export_stories.py", stories);
     base_load(&model, stories);
-    acts_alloc(&model, MOST, MOST, 1, 0, 0, 0, 1);
+    acts_alloc(&model, (Largest){ MOST, MOST, 1, 0, 0 }, 0);
     for (uint32_t N = 1; N < MOST && length < strlen(known); N++) {
         uint32_t *last = &position[N - 1], target = 0;
         *last = N - 1;
@@ -1886,7 +1886,7 @@ static void write_logits(char **path)
     size_t M = run->batch.answer.n, V = run->model.config.V;
     if (run->data.V != V || M > HEAD_ROWS) die("%s: vocabulary %u, %zu answer tokens; at most %zu and %d here",
                                                path[1], run->data.V, M, V, HEAD_ROWS);
-    acts_alloc(&run->model, run->data.tokens, run->data.longest, M, 0, 0, 0, 1);
+    acts_alloc(&run->model, (Largest){ run->data.tokens, run->data.longest, M, 0, 0 }, 0);
     FILE *f = fopen(path[2], "wb");
     if (!f || fwrite(rig_logits(run), sizeof(float), M * V, f) != M * V || fclose(f))
         die("%s: cannot be written: %s", path[2], strerror(errno));

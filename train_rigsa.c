@@ -2045,58 +2045,58 @@ static float *take(Arena *arena, size_t n)
     return p;
 }
 
-// Lays out activations for batches of up to N rows, sequences of T and M answer rows, and a cache of K rows, for each layer when
-// sequences have a `past`. Only fp32 training that does not recompute gives every layer arrays of its own; otherwise all share the
-// first layer's, and training keeps copies.
-static void acts_layout(Model *model, Arena *arena, size_t N, size_t T, size_t M, size_t K, int past, int training)
+// The largest batch: N rows, sequences of T, M answer rows, and a cache of K rows, one for each layer if sequences have a `past`.
+typedef struct { size_t N, T, M, K; int past; } Largest;
+
+// Lays activations for such batches out in memory, and returns how many floats they are. Only fp32 training that does not recompute
+// gives every layer arrays of its own; otherwise all share the first layer's, and training keeps copies.
+static size_t acts_layout(Model *model, float *memory, Largest batch, int training)
 {
     const Config *c = &model->config;
     Activations *a = &model->acts;
+    Arena arena = { memory, 0 };
+    size_t N = batch.N, T = batch.T, M = batch.M, caches = batch.past ? c->L : 1;
     size_t C = c->C, F = c->F, HD = (size_t)c->H * c->D, KVD = (size_t)c->KV * c->D;
     int own = training && precision == FP32 && !a->recompute;
+    if (!a->layer) a->layer = allocate(c->L + 1, sizeof(Layer));
     for (size_t l = 0; l <= c->L; l++) {
         Layer *layer = &a->layer[l];
         if (l == 0 || own) {
-            size_t start = arena->used;
-            layer->x = take(arena, N * C);
+            size_t start = arena.used;
+            layer->x = take(&arena, N * C);
             if (l == c->L) break;
-            layer->q = take(arena, N * HD), layer->k = take(arena, N * KVD), layer->v = take(arena, N * KVD);
-            layer->att = take(arena, N * HD), layer->x2 = take(arena, N * C);
-            layer->gate = take(arena, N * F), layer->up = take(arena, N * F);
-            a->keep = a->recompute ? N * C : arena->used - start;
+            layer->q = take(&arena, N * HD), layer->k = take(&arena, N * KVD), layer->v = take(&arena, N * KVD);
+            layer->att = take(&arena, N * HD), layer->x2 = take(&arena, N * C);
+            layer->gate = take(&arena, N * F), layer->up = take(&arena, N * F);
+            a->keep = a->recompute ? N * C : arena.used - start;
         } else *layer = a->layer[0];
         if (l == 0 || (training && !a->recompute)) {
-            layer->lse = take(arena, N * c->H);
-            layer->rstd1 = take(arena, N), layer->rstd2 = take(arena, N);
+            layer->lse = take(&arena, N * c->H);
+            layer->rstd1 = take(&arena, N), layer->rstd2 = take(&arena, N);
         }
-        if (training && !own && l < c->L) layer->kept = take(arena, precision == BF16 ? (a->keep + 1) / 2 : a->keep);
+        if (training && !own && l < c->L) layer->kept = take(&arena, precision == BF16 ? (a->keep + 1) / 2 : a->keep);
     }
-    a->N = N, a->T = T, a->M = M, a->K = K;
-    a->layer_stride = past ? K * KVD : 0;
-    a->cached_k = take(arena, (past ? c->L : 1) * K * KVD), a->cached_v = take(arena, (past ? c->L : 1) * K * KVD);
-    a->xn = take(arena, N * C), a->h = take(arena, N * F);
-    a->scores = take(arena, (size_t)omp_get_max_threads() * block_floats(c->H / c->KV, T, c->D));
-    a->cosine = take(arena, T * c->D / 2), a->sine = take(arena, T * c->D / 2);
-    a->xm = take(arena, M * C), a->xf = take(arena, M * C), a->rstdf = take(arena, M);
-    a->logits = take(arena, min_size(HEAD_ROWS, M) * c->V), a->logp = take(arena, M), a->best = (uint32_t *)take(arena, M);
-    if (!training) return;
-    a->dx = take(arena, N * C), a->dxn = take(arena, N * C), a->dxm = take(arena, M * C), a->dxf = take(arena, M * C);
-    a->dq = take(arena, N * HD), a->dk = take(arena, N * KVD), a->dv = take(arena, N * KVD), a->datt = take(arena, N * HD);
-    a->dgate = take(arena, N * F), a->dup = take(arena, N * F), a->dh = take(arena, N * F);
-    a->transposed = take(arena, SPAN * (max_size(C, max_size(F, HD)) + LANES));
+    a->N = N, a->T = T, a->M = M, a->K = batch.K;
+    a->layer_stride = batch.past ? batch.K * KVD : 0;
+    a->cached_k = take(&arena, caches * batch.K * KVD), a->cached_v = take(&arena, caches * batch.K * KVD);
+    a->xn = take(&arena, N * C), a->h = take(&arena, N * F);
+    a->scores = take(&arena, (size_t)omp_get_max_threads() * block_floats(c->H / c->KV, T, c->D));
+    a->cosine = take(&arena, T * c->D / 2), a->sine = take(&arena, T * c->D / 2);
+    a->xm = take(&arena, M * C), a->xf = take(&arena, M * C), a->rstdf = take(&arena, M);
+    a->logits = take(&arena, min_size(HEAD_ROWS, M) * c->V), a->logp = take(&arena, M), a->best = (uint32_t *)take(&arena, M);
+    if (!training) return arena.used;
+    a->dx = take(&arena, N * C), a->dxn = take(&arena, N * C), a->dxm = take(&arena, M * C), a->dxf = take(&arena, M * C);
+    a->dq = take(&arena, N * HD), a->dk = take(&arena, N * KVD), a->dv = take(&arena, N * KVD), a->datt = take(&arena, N * HD);
+    a->dgate = take(&arena, N * F), a->dup = take(&arena, N * F), a->dh = take(&arena, N * F);
+    a->transposed = take(&arena, SPAN * (max_size(C, max_size(F, HD)) + LANES));
+    return arena.used;
 }
 
-static size_t acts_alloc(Model *model, size_t N, size_t T, size_t M, size_t K, int past, int training, int really)
+static void acts_alloc(Model *model, Largest batch, int training)
 {
-    Arena arena = { 0 };
-    if (!model->acts.layer) model->acts.layer = allocate(model->config.L + 1, sizeof(Layer));
-    acts_layout(model, &arena, N, T, M, K, past, training);
-    if (!really) return arena.used;
-    arena = (Arena){ .memory = floats(arena.used) };
-    acts_layout(model, &arena, N, T, M, K, past, training);
-    rope_table(model->acts.cosine, model->acts.sine, T, model->config.D, model->config.theta);
+    acts_layout(model, floats(acts_layout(model, NULL, batch, training)), batch, training);
+    rope_table(model->acts.cosine, model->acts.sine, batch.T, model->config.D, model->config.theta);
     model->scratch = floats(largest_matrix(model));
-    return arena.used;
 }
 
 static uint32_t *integers(size_t count) { return allocate(count, sizeof(uint32_t)); }
@@ -3008,9 +3008,7 @@ static double memory_available(void)
     return least;
 }
 
-// The largest batch: `micro` training examples, or what an evaluation takes at a time.
-typedef struct { size_t N, T, M, K; int past; } Largest;
-
+// `micro` training examples, or what an evaluation takes at a time.
 static Largest largest_batch(const Run *run, size_t micro)
 {
     Largest b = { .N = micro * run->data.longest, .T = run->data.longest, .M = micro * run->data.longest_answer };
@@ -3027,13 +3025,6 @@ static Largest largest_batch(const Run *run, size_t micro)
     return b;
 }
 
-// Its activations, in floats; allocated if `really`.
-static size_t acts_take(Run *run, Largest b, int really)
-{
-    run->model.acts.recompute = opt.recompute;
-    return acts_alloc(&run->model, b.N, b.T, b.M, b.K, b.past, opt.method != METHOD_EVAL, really);
-}
-
 // What the run needs, printed, and refused if it is not there, before any of it is allocated; then allocated. Also counts the
 // run's operations.
 static void plan(Run *run)
@@ -3042,7 +3033,8 @@ static void plan(Run *run)
     const Config *c = &model->config;
     Largest batch = largest_batch(run, (size_t)opt.micro);
     double pass_work = 0, eval_work = 0, density = 1, mean = mean_length(&run->data);
-    size_t most = 0, micro = (size_t)opt.micro, acts = acts_take(run, batch, 0);
+    int full = opt.method == METHOD_FULL, training = opt.method != METHOD_EVAL;
+    size_t most = 0, micro = (size_t)opt.micro;
     for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
         eval_work += forward_work(model, mean_length(eval)) * (double)eval->rows;
     if (batch.T > c->context) printf("note: sequences of %zu tokens, the base was made for %u\n", batch.T, c->context);
@@ -3056,10 +3048,11 @@ static void plan(Run *run)
     }
     run->work = pass_work + eval_work * (double)(run->passes + 1);
 
-    int full = opt.method == METHOD_FULL;
+    model->acts.recompute = opt.recompute;
     size_t weights = base_weights(model), adapted = adapted_weights(model), halved = precision == BF16 && !full ? adapted / 2 : 0;
     size_t beside = values_in(model->tensors + model->base_tensors, model->tensors + model->all_tensors);
-    size_t adapter = full || opt.method == METHOD_EVAL ? 0 : beside, trained = full ? weights : adapter;
+    size_t adapter = training && !full ? beside : 0, trained = full ? weights : adapter;
+    size_t acts = acts_layout(model, NULL, batch, training);
     size_t updates = updates_before(run, run->passes + 1), bytes[] = { weights - halved, adapter,
         trained, 2 * trained, acts, largest_matrix(model), most + run->data.examples + 2 * updates };
     const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch", "order and losses" };
@@ -3071,7 +3064,8 @@ static void plan(Run *run)
     printf(" together %.1f MB\n", total);
     if (total > there) {
         double others = total - 4e-6 * (double)acts, fits = total;
-        while (fits > there && micro > 1) fits = others + 4e-6 * (double)acts_take(run, largest_batch(run, micro /= 2), 0);
+        while (fits > there && micro > 1)
+            fits = others + 4e-6 * (double)acts_layout(model, NULL, largest_batch(run, micro /= 2), training);
         die("%.1f MB are needed, %.1f are there (free memory, limit of the cgroup, ulimit -v); %s--micro %zu needs %.1f%s%s",
             total, there, fits > there ? "even " : "", micro, fits, opt.recompute ? "" : ", --recompute saves more",
             precision == BF16 ? "" : ", --precision bf16 too");
@@ -3081,7 +3075,7 @@ static void plan(Run *run)
 #ifndef _OPENMP
     printf("note: built without OpenMP: one thread, and all loops slower\n");
 #endif
-    acts_take(run, batch, 1);
+    acts_alloc(model, batch, training);
     run->batch = batch_alloc(batch.N, batch.M, batch.K);
     run->row = allocate(run->passes + 1, sizeof(Row));
     run->loss = allocate(updates, sizeof(double));
