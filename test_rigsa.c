@@ -165,7 +165,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     run->verdict = allocate(examples, sizeof(Verdict));
     rig_batch(run, 0, examples);
 
-    *model = (Model){ .config = config, .name = "rig", .adapter = PLAIN, .seed = 7, .sigma = 0.3f };
+    *model = (Model){ .config = config, .base = { 0, "rig" }, .adapter = PLAIN, .seed = 7, .sigma = 0.3f };
     build_table(model);
     size_t at = 0, weights = base_weights(model);
     model->base_arena = floats(weights);
@@ -173,7 +173,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
         t->value = randomize(model->base_arena + at, t->n, t->rows > 1 ? 1 / sqrtf((float)t->cols) : 0.3f);
         for (size_t i = 0; t->rows == 1 && i < t->n; i++) t->value[i] += 1;
     }
-    model->hash = hash64(model->base_arena, weights * sizeof(float));
+    model->base.hash = hash64(model->base_arena, weights * sizeof(float));
     acts_alloc(model, (Largest){ data->tokens, data->longest, run->batch.answer.n, 4 * data->tokens, 1 }, 1);
     return run;
 }
@@ -389,8 +389,8 @@ static void test_torch(void)
             File file = file_open(dumps[d], "dump");
             Shape shape[MOST_EXAMPLES];
             size_t examples;
-            const uint32_t *length = section(&file, "length", &examples);
-            const uint32_t *answer = needed(&file, "answer", examples /= 4, 4);
+            const uint32_t *length = section(&file, "length", 4, &examples);
+            const uint32_t *answer = needed(&file, "answer", examples, 4);
             if (examples > MOST_EXAMPLES) die("%s: %zu examples, at most %d", dumps[d], examples, MOST_EXAMPLES);
             for (size_t e = 0; e < examples; e++) shape[e] = (Shape){ length[e], answer[e] };
             Run *run = rig_make(*(const Config *)needed(&file, "config", 1, sizeof(Config)), shape, examples);
@@ -416,8 +416,8 @@ static void test_torch_adamw(void)
     for (size_t d = 0; d < dump_count; d++) {
         File file = file_open(dumps[d], "dump");
         size_t n;
-        const float *hyper = needed(&file, "adamw.hyper", 5, 4), *start = section(&file, "adamw.start", &n);
-        const float *grads = needed(&file, "adamw.grads", 10 * (n /= 4), 4);
+        const float *hyper = needed(&file, "adamw.hyper", 5, 4), *start = section(&file, "adamw.start", 4, &n);
+        const float *grads = needed(&file, "adamw.grads", 10 * n, 4);
         const float *result = needed(&file, "adamw.result", n, 4);
         float *w = copy_of(start, n * 4), *m = floats(n), *v = floats(n), lr = hyper[0];
         double off = 0;
@@ -1219,7 +1219,7 @@ static void test_save_and_load(void)
         ticket_load(to, ticket);
         size_t values = adapter_entries(from) + matrices(from), logits = loaded->batch.answer.n * UNTIED.V;
         check_same("configuration", &to->config, &from->config, sizeof(Config));
-        check_same("name", to->name, from->name, sizeof from->name);
+        check_same("name", to->base.name, from->base.name, sizeof from->base.name);
         check_same("weights", to->base_arena, from->base_arena, base_weights(from) * sizeof(float));
         check_same("values and gates", to->value_arena, from->value_arena, values * sizeof(float));
         check_same("logits", rig_logits(loaded), rig_logits(saved), logits * sizeof(float));
@@ -1312,7 +1312,7 @@ typedef struct { const char *kind, *path; } Opening;
 static void open_file(const void *argument)
 {
     const Opening *opening = argument;
-    Model model = { .config = sample.run->model.config, .hash = sample.run->model.hash };
+    Model model = { .config = sample.run->model.config, .base = sample.run->model.base };
     if (!strcmp(opening->kind, "data")) data_open(opening->path);
     if (!strcmp(opening->kind, "base")) base_load(&model, opening->path);
     if (!strcmp(opening->kind, "tick")) build_table(&model), ticket_load(&model, opening->path);
@@ -1379,7 +1379,7 @@ static void test_wrong_numbers(void)
         { "data", "no such choice", &sample.gold[1], 1, "question 1" },
         { "data", "an empty choice", &sample.chars[3], 0, "choice 3" },
         { "data", "too many choices", &sample.choices[0], 4, "choices" },
-        { "tick", "another base", &model->hash, 1, "not for" }, { "tick", "an unknown rest", &model->rest, 2, "init" },
+        { "tick", "another base", &model->base.hash, 1, "not for" }, { "tick", "an unknown rest", &model->rest, 2, "init" },
         { "stat", "a pass too many", &run->rows, 4, "damaged" }, { "stat", "an update too few", &run->updates, 2, "damaged" },
         { "stat", "an update too many", &run->updates, 7, "damaged" }, { "stat", "another base", &run->hash[0], 1, "changed" },
         { "stat", "a moment is NaN", run->model.m_arena, 0x7fc00000, "`m`" },
@@ -1851,7 +1851,7 @@ static void test_story(void)
     uint32_t token[MOST] = { 1 }, position[MOST], size;
     char text[4096] = "";
     size_t n, length = 0;
-    const char *pieces = section(&file, "pieces", &n);
+    const char *pieces = section(&file, "pieces", 1, &n);
     if (!pieces) die("%s: has no section `pieces`, it is not of dev/export_stories.py", stories);
     base_load(&model, stories);
     acts_alloc(&model, (Largest){ MOST, MOST, 1, 0, 0 }, 0);

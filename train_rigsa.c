@@ -173,8 +173,7 @@ typedef enum { THRESHOLD_MATRIX, THRESHOLD_ALL } Threshold;
 
 struct Model {
     Config config;
-    char name[64];             // of the base
-    uint64_t hash;             // of the base's weights: the base that a ticket belongs to
+    struct { uint64_t hash; char name[64]; } base;         // hash of its weights: the base that a ticket belongs to
     Tensor *tensors;           // base tensors in file order, then a DeltaW per adapted matrix, then the gates
     size_t base_tensors, all_tensors;
     Adapter adapter;
@@ -233,6 +232,24 @@ static void die(const char *format, ...)
     fflush(stdout);
     fprintf(stderr, "%strain_rigsa: %s\n", isatty(2) ? "\r\033[K" : "", text);
     exit(1);
+}
+
+// The place of the word in "a|b|c", or -1.
+static int choice_place(const char *words, const char *text)
+{
+    for (int i = 0; ; i++, words++) {
+        size_t length = strcspn(words, "|");
+        if (strlen(text) == length && !strncmp(words, text, length)) return i;
+        words += length;
+        if (!*words) return -1;
+    }
+}
+
+// The word at this place.
+static void choice_word(char to[24], const char *words, int place)
+{
+    while (place--) words += strcspn(words, "|") + 1;
+    snprintf(to, 24, "%.*s", (int)strcspn(words, "|"), words);
 }
 
 // Zeroed memory on a cache line of its own.
@@ -1575,8 +1592,9 @@ static File file_open(const char *path, const char *kind)
 
 static void file_close(File *file) { munmap((void *)file->bytes, file->length); }
 
-// A section's payload, 8-byte aligned, and its length; NULL when the file has none of this tag. Its hash is checked here.
-static const void *section(const File *file, const char *tag, size_t *length)
+// A section's payload, 8-byte aligned, of `count` values of `size` bytes; NULL when the file has none of this tag. Its hash is
+// checked here.
+static const void *section(const File *file, const char *tag, size_t size, size_t *count)
 {
     SectionHeader head;
     for (size_t at = sizeof(FileHeader); at < file->length; at += padded(head.length)) {
@@ -1585,21 +1603,23 @@ static const void *section(const File *file, const char *tag, size_t *length)
         if (strncmp(head.tag, tag, sizeof head.tag)) continue;
         if (hash64(file->bytes + at, head.length) != head.hash)
             die("%s: section `%s` is damaged; %s", file->path, tag, mend(file->kind));
-        *length = head.length;
+        if (head.length % size)
+            die("%s: section `%s` has %zu bytes, which are no multiple of %zu", file->path, tag, (size_t)head.length, size);
+        *count = head.length / size;
         return file->bytes + at;
     }
-    *length = 0;
+    *count = 0;
     return NULL;
 }
 
-// The same for a section that must be there, with `count` values of `size` bytes each.
+// The same for a section that must be there, with as many values.
 static const void *needed(const File *file, const char *tag, size_t count, size_t size)
 {
-    size_t length, expected;
-    const void *data = section(file, tag, &length);
+    size_t found;
+    const void *data = section(file, tag, size, &found);
     if (!data) die("%s: has no section `%s`", file->path, tag);
-    if (__builtin_mul_overflow(count, size, &expected) || length != expected)
-        die("%s: section `%s` has %zu bytes where %zu x %zu are needed", file->path, tag, length, count, size);
+    if (found != count)
+        die("%s: section `%s` has %zu x %zu bytes where %zu x %zu are needed", file->path, tag, found, size, count, size);
     return data;
 }
 
@@ -1699,7 +1719,7 @@ static double mean_length(const Data *data) { return data->examples ? (double)da
 static void data_text(char *to, size_t size, const File *file, const char *tag)
 {
     size_t n;
-    const char *text = section(file, tag, &n);
+    const char *text = section(file, tag, 1, &n);
     snprintf(to, size, "%.*s", text ? (int)min_size(n, size - 1) : 0, text ? text : "");
     for (; *to; to++) if (iscntrl((unsigned char)*to) || *to == ',') die("%s: section `%s` is not a name", file->path, tag);
 }
@@ -1720,10 +1740,9 @@ static void data_generation(Data *data)
     const char *path = data->file.path, *pieces;
     size_t n, at = 0;
     data->limit = *(const uint32_t *)needed(&data->file, "limit", 1, sizeof(uint32_t));
-    data->end = section(&data->file, "end", &n);
-    data->end_count = n / sizeof(uint32_t);
-    data->stop = section(&data->file, "stop", &data->stop_size);
-    pieces = section(&data->file, "pieces", &n);
+    data->end = section(&data->file, "end", sizeof(uint32_t), &data->end_count);
+    data->stop = section(&data->file, "stop", 1, &data->stop_size);
+    pieces = section(&data->file, "pieces", 1, &n);
     data->piece = allocate(data->V, sizeof *data->piece);
     for (uint32_t t = 0, size = 0; t < data->V; t++, at += 4 + size) {
         if (n - at >= 4) memcpy(&size, data->piece[t] = pieces + at, 4);
@@ -1745,15 +1764,13 @@ static Data data_open(const char *path)
     Data data = { .file = file_open(path, "data") };
     const File *file = &data.file;
     const uint32_t *vocab = needed(file, "vocab", 2, sizeof(uint32_t));
-    size_t n, choice_sum = 0;
+    size_t choice_sum = 0;
     char metric[16];
     data.V = vocab[0];
     data.width = vocab[1];
     if (data.width != 1 && data.width != 2 && data.width != 4) die("%s: %u bytes per token", path, data.width);
-    section(file, "length", &n);
-    data.examples = n / sizeof(uint32_t);
+    data.length = section(file, "length", sizeof(uint32_t), &data.examples);
     if (data.examples == 0 || data.examples > UINT32_MAX) die("%s: holds no examples; %s", path, mend("data"));
-    data.length = needed(file, "length", data.examples, sizeof(uint32_t));
     data.answer = needed(file, "answer", data.examples, sizeof(uint32_t));
     data.offset = allocate(data.examples, sizeof(size_t));
     for (size_t e = 0; e < data.examples; e++) {
@@ -1767,16 +1784,13 @@ static Data data_open(const char *path)
     data.token = needed(file, "tokens", data.tokens, data.width);
     for (size_t i = 0; i < data.tokens; i++)
         if (data_token(&data, i) >= data.V) die("%s: token %zu is beyond the vocabulary of %u", path, i, data.V);
-    data.glyphs = section(file, "glyphs", &n);
-    data.glyph_count = n / (2 * sizeof(uint32_t));
+    data.glyphs = section(file, "glyphs", 2 * sizeof(uint32_t), &data.glyph_count);
     data_text(data.column, sizeof data.column, file, "column");
     data_text(metric, sizeof metric, file, "metric");
     if (!data.column[0]) return data;
-    if (!strcmp(metric, "exact")) data.metric = EXACT;
-    else if (!strcmp(metric, "acc")) data.metric = ACC;
-    else if (!strcmp(metric, "acc_norm")) data.metric = ACC_NORM;
-    else if (!strcmp(metric, "number")) data.metric = NUMBER;
-    else die("%s: unknown metric `%s`", path, metric);
+    int known = choice_place("exact|acc|acc_norm|number", metric);
+    if (known < 0) die("%s: unknown metric `%s`", path, metric);
+    data.metric = known;
     data.questions = data.examples;
     data.rows = data.tokens;
     data.leader = allocate(data.examples, sizeof(uint32_t));
@@ -1784,9 +1798,7 @@ static Data data_open(const char *path)
     for (size_t e = 0; e < data.examples; e++) data.leader[e] = (uint32_t)e;
     if (data.metric == NUMBER) data_generation(&data);
     if (data.metric == EXACT || data.metric == NUMBER) return data;
-    section(file, "choices", &n);
-    data.questions = n / sizeof(uint32_t);
-    data.choices = needed(file, "choices", data.questions, sizeof(uint32_t));
+    data.choices = section(file, "choices", sizeof(uint32_t), &data.questions);
     data.gold = needed(file, "gold", data.questions, sizeof(uint32_t));
     data.chars = needed(file, "chars", data.examples, sizeof(uint32_t));
     for (size_t i = 0; i < data.questions; i++) {
@@ -1806,7 +1818,7 @@ static void base_save(const Model *model, const char *path)
     config.dtype = 0;
     must_write(path, file_write(path, "base", (Section[]){
         { "config", &config, sizeof config },
-        { "name", model->name, strlen(model->name) },
+        { "name", model->base.name, strlen(model->base.name) },
         { "weights", model->base_arena, base_weights(model) * sizeof(float) } }, 3));
 }
 
@@ -1829,12 +1841,9 @@ static void ticket_save(Model *model, const char *path, const char *settings)
 {
     size_t count = matrices(model), n = adapter_entries(model);
     TicketInit init = { model->seed, model->draw, model->rest, model->sigma };
-    char base[8 + sizeof model->name];
-    memcpy(base, &model->hash, 8);
-    memcpy(base + 8, model->name, sizeof model->name);
     uint64_t *entries = allocate(count, sizeof(uint64_t));
     uint32_t *everywhere = NULL;                                        // a dense adapter has no index: its mask is full
-    Section section[7] = { { "base", base, 8 + strlen(model->name) }, { "settings", settings, strlen(settings) },
+    Section section[7] = { { "base", &model->base, 8 + strlen(model->base.name) }, { "settings", settings, strlen(settings) },
                            { "init", &init, sizeof init } };
     if (adapter_sections(model, section + 3, entries) == 3) {
         section[6].data = everywhere = allocate(n, sizeof(uint32_t));
@@ -1868,7 +1877,7 @@ static void adapter_load(Model *model, const File *file)
         if (entries[a] > delta->rows * delta->cols) die("%s: more entries than %s has", file->path, delta->name);
     }
     const float *value = numbers(file, "values", n), *gate = numbers(file, "gates", count);
-    const uint32_t *index = n == full && !section(file, "index", &length) ? NULL : needed(file, "index", n, sizeof(uint32_t));
+    const uint32_t *index = n == full && !section(file, "index", 1, &length) ? NULL : needed(file, "index", n, sizeof(uint32_t));
     free(model->index_arena);
     free(model->value_arena);
     model->index_arena = index ? memcpy(allocate(n, sizeof(uint32_t)), index, n * sizeof(uint32_t)) : NULL;
@@ -1891,13 +1900,11 @@ static void ticket_load(Model *model, const char *path)
 {
     File file = file_open(path, "tick");
     size_t length;
-    const char *base = section(&file, "base", &length);
-    uint64_t hash;
+    const uint64_t *base = section(&file, "base", 1, &length);
     if (!base || length < 8) die("%s: does not name its base", path);
-    memcpy(&hash, base, 8);
-    if (hash != model->hash)
-        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", path, (int)min_size(length - 8, 63), base + 8,
-            (unsigned long long)hash, model->name, (unsigned long long)model->hash);
+    if (*base != model->base.hash)
+        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", path, (int)min_size(length - 8, 63),
+            (const char *)(base + 1), (unsigned long long)*base, model->base.name, (unsigned long long)model->base.hash);
     const TicketInit *init = needed(&file, "init", 1, sizeof *init);
     if (init->rest > REST_INIT || !(init->sigma >= 0 && init->sigma < INFINITY)) die("%s: damaged section `init`", path);
     model->seed = init->seed;
@@ -1968,7 +1975,7 @@ static File base_open(Model *model, const char *path)
     memcpy(&model->config, needed(&file, "config", 1, sizeof(Config)), sizeof(Config));
     check_config(&model->config, path, file.length);
     build_table(model);
-    data_text(model->name, sizeof model->name, &file, "name");
+    data_text(model->base.name, sizeof model->base.name, &file, "name");
     return file;
 }
 
@@ -1978,7 +1985,7 @@ static void base_read(Model *model, File *file, int trained)
     int half = precision == BF16 && !trained;
     size_t n = base_weights(model), halves = half ? adapted_weights(model) : 0, bytes = model->config.dtype ? 2 : 4;
     const char *from = needed(file, "weights", n, bytes);
-    model->hash = hash64(from, n * bytes);
+    model->base.hash = hash64(from, n * bytes);
     float *value = model->base_arena = floats(n - halves);
     uint16_t *narrow = model->half_arena = allocate(halves, sizeof(uint16_t));
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; from += bytes * t++->n) {
@@ -2396,24 +2403,6 @@ static double parse_number(const Option *o, const char *text)
     return number;
 }
 
-// The place of the word in "a|b|c", or -1.
-static int parse_choice(const char *words, const char *text)
-{
-    for (int i = 0; ; i++, words++) {
-        size_t length = strcspn(words, "|");
-        if (strlen(text) == length && !strncmp(words, text, length)) return i;
-        words += length;
-        if (!*words) return -1;
-    }
-}
-
-// The word at this place.
-static void choice_word(char *to, size_t size, const char *words, int place)
-{
-    while (place--) words += strcspn(words, "|") + 1;
-    snprintf(to, size, "%.*s", (int)strcspn(words, "|"), words);
-}
-
 // Appends to a list of at most MAX_EVALS.
 static void list_add(const Option *o, char **list, char *text)
 {
@@ -2431,7 +2420,7 @@ static void option_set(const Option *o, char *text)
     case COUNT: case REAL: *(double *)o->where = parse_number(o, text); break;
     case FLAG: *(int *)o->where = !text || !strcmp(text, "yes"); break;
     case CHOICE:
-        *(int *)o->where = parse_choice(o->range, text);
+        *(int *)o->where = choice_place(o->range, text);
         if (*(int *)o->where < 0) die("--%s: `%s` is none of %s", o->name, text, o->range);
     }
 }
@@ -2482,8 +2471,8 @@ static char *settings_text(void)
             fprintf(to, " %s", number);
         }
         if (o->type == CHOICE) {
-            char word[32];
-            choice_word(word, sizeof word, o->range, *(int *)o->where);
+            char word[24];
+            choice_word(word, o->range, *(int *)o->where);
             fprintf(to, " %s", word);
         }
         fputc('\n', to);
@@ -2498,7 +2487,7 @@ static char *settings_resume(void)
     char path[PATH_MAX];
     size_t length;
     File file = file_open(output_path("state.bin", path), "stat");
-    const char *text = section(&file, "settings", &length);
+    const char *text = section(&file, "settings", 1, &length);
     char *saved = strndup(text ? text : "", length), *lines = strdup(saved);
     file_close(&file);
     for (char *line; (line = strsep(&lines, "\n")) && *line; ) {
@@ -2623,7 +2612,7 @@ static const char *pass_label(const Run *run, size_t pass, char text[24])
     snprintf(text, 24, "%zu", pass);
     if (pass == 0) return *opt.ticket ? "ticket" : "base";
     if (pass == run->passes && opt.method == METHOD_RIGSA) return "ticket";
-    if (pass == run->passes) choice_word(text, 24, METHODS, opt.method);
+    if (pass == run->passes) choice_word(text, METHODS, opt.method);
     return text;
 }
 
@@ -2704,22 +2693,19 @@ static void state_load(Run *run, const char *path)
 {
     Model *model = &run->model;
     File file = file_open(path, "stat");
-    size_t rows, losses;
     const uint64_t *hash = needed(&file, "inputs", 2 + run->evals, sizeof(uint64_t));
     const double *clock = needed(&file, "clock", 2, sizeof(double));
-    const Row *row = section(&file, "rows", &rows);
-    section(&file, "losses", &losses);
+    const Row *row = section(&file, "rows", sizeof(Row), &run->rows);
+    section(&file, "losses", sizeof(double), &run->updates);
     for (size_t i = 0; i < 2 + run->evals; i++)
         if (hash[i] != run->hash[i])
             die("%s has changed since %s was written", i == 0 ? opt.base : i == 1 ? opt.data : opt.evals[i - 2], path);
-    run->rows = rows / sizeof(Row);
-    run->updates = losses / sizeof(double);
-    if (!(clock[0] >= 0 && clock[1] >= 0) || rows % sizeof(Row) || run->rows < 1 || run->rows > run->passes + 1
+    if (!(clock[0] >= 0 && clock[1] >= 0) || run->rows < 1 || run->rows > run->passes + 1
         || run->updates < updates_before(run, run->rows)
         || run->updates > updates_before(run, min_size(run->rows, run->passes) + 1))
         die("%s: damaged; %s", path, mend("stat"));
-    memcpy(run->row, row, rows);
-    memcpy(run->loss, needed(&file, "losses", run->updates, sizeof(double)), losses);
+    memcpy(run->row, row, run->rows * sizeof(Row));
+    memcpy(run->loss, needed(&file, "losses", run->updates, sizeof(double)), run->updates * sizeof(double));
     memcpy(&model->draw, needed(&file, "draw", 1, sizeof model->draw), sizeof model->draw);
     run->start = seconds() - clock[0];
     run->done = clock[1];
@@ -3058,7 +3044,7 @@ static void plan(Run *run)
     const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch", "order and losses" };
     double total = 0, there = 1e-6 * memory_available();
     printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
-           model->name, weights, c->L, c->C, c->V, adapted, matrices(model));
+           model->base.name, weights, c->L, c->C, c->V, adapted, matrices(model));
     for (int i = 0; i < 7; total += 4e-6 * (double)bytes[i++])
         if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
     printf(" together %.1f MB\n", total);
@@ -3150,7 +3136,7 @@ static void run_whole(Run *run, int argc, char **argv)
     fputs(run->settings, stdout);
     plan(run);
     base_read(model, &base, opt.method == METHOD_FULL);
-    run->hash[0] = model->hash;
+    run->hash[0] = model->base.hash;
     if (*opt.ticket) ticket_load(model, opt.ticket), merge(model);
     print_heading(run);
     if (!opt.resume) print_row(run, add_row(run, NAN));

@@ -347,11 +347,8 @@ static void lora_save(Model *model, const char *path, const char *settings)
     const Tensor *first = lora_tensor(model, 0);
     size_t n = values_in(first, model->tensors + model->all_tensors);
     LoraShape shape = { (uint32_t)more.rank, lora_scale() * (float)more.rank };
-    char base[8 + sizeof model->name];
-    memcpy(base, &model->hash, 8);
-    memcpy(base + 8, model->name, sizeof model->name);
     must_write(path, file_write(path, "lora", (Section[]){
-        { "base", base, 8 + strlen(model->name) },
+        { "base", &model->base, 8 + strlen(model->base.name) },
         { "settings", settings, strlen(settings) },
         { "shape", &shape, sizeof shape },
         { "values", first->value, n * sizeof(float) } }, 4));
@@ -371,10 +368,10 @@ static void lora_load(Model *model, const char *path)
     File file = file_open(path, "lora");
     const Tensor *first = lora_tensor(model, 0);
     size_t length, n = values_in(first, model->tensors + model->all_tensors);
-    const char *base = section(&file, "base", &length);
+    const char *base = section(&file, "base", 1, &length);
     if (!base || length < 8) die("%s: does not name its base", path);
-    if (memcmp(base, &model->hash, 8))
-        die("%s: made for the base `%.*s`, not for this `%s`", path, (int)length - 8, base + 8, model->name);
+    if (memcmp(base, &model->base.hash, 8))
+        die("%s: made for the base `%.*s`, not for this `%s`", path, (int)length - 8, base + 8, model->base.name);
     memcpy(first->value, needed(&file, "values", n, sizeof(float)), n * sizeof(float));
     file_close(&file);
 }

@@ -92,7 +92,7 @@ static void make_run(Run *run)
 {
     Model *model = &run->model;
     *run = (Run){ .passes = 3, .work = 1e9, .evals = 1, .settings = (char *)"settings" };
-    *model = (Model){ .config = CONFIG, .name = "fuzz", .hash = 1 };
+    *model = (Model){ .config = CONFIG, .base = { 1, "fuzz" } };
     build_table(model);
     size_t n = 0, at = 0;
     for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
@@ -123,7 +123,7 @@ static void use_base(void)
     base_read(&model, &file, 1);
     const Tensor *last = &model.tensors[model.base_tensors - 1];
     REQUIRE(isfinite(last->value[last->n - 1]));
-    REQUIRE(memchr(model.name, 0, sizeof model.name));
+    REQUIRE(memchr(model.base.name, 0, sizeof model.base.name));
 }
 
 static void use_data(void)
