@@ -165,7 +165,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     run->verdict = allocate(examples, sizeof(Verdict));
     rig_batch(run, 0, examples);
 
-    *model = (Model){ .config = config, .base = { 0, "rig" }, .adapter = PLAIN, .seed = 7, .sigma = 0.3f };
+    *model = (Model){ .config = config, .base = { 0, "rig" }, .adapter = PLAIN, .init = { .seed = 7, .sigma = 0.3f } };
     build_table(model);
     size_t at = 0, weights = base_weights(model);
     model->base_arena = floats(weights);
@@ -214,7 +214,7 @@ static Run *rig_adapter(Config config, double density, Rest rest)
     uint8_t *mask = allocate(n, 1);
     for (size_t a = 0; a < count; a++) gates[a] += a % 2 ? 0.5f : -0.5f;
     for (size_t i = 0; i < n; i++) mask[i] = (double)(mix(n + i) >> 32) < density * 0x1p32;
-    model->rest = rest;
+    model->init.rest = rest;
     if (density < 1) return adapter_set(model, mask, value, gates), run;
     adapter_alloc(model);
     memcpy(model->value_arena, value, n * sizeof(float));
@@ -913,7 +913,7 @@ static void adapter_naive(Model *model, const Tensor *t, const float *x, const f
     double alpha = gates_tensor(model)->value[a], sum = 0;
     for (size_t i = 0; i < t->n; i++) {
         int survives = !delta->index || (k < delta->n && delta->index[k] == i);
-        double dw = 0, rest = model->rest == REST_INIT ? normal(delta_key(model, a), i, model->sigma) : 0;
+        double dw = 0, rest = model->init.rest == REST_INIT ? normal(delta_key(model, a), i, model->init.sigma) : 0;
         double value = survives ? delta->value[k] : rest;
         for (size_t n = 0; n < N; n++) dw += (double)dy[n * t->rows + i / t->cols] * x[n * t->cols + i % t->cols];
         w[i] = (float)(t->value[i] + alpha * value);
@@ -963,7 +963,7 @@ static void test_frozen(void)
             const float *w = rigsa_weight(model, t), alpha = gates_tensor(model)->value[t->adapter];
             uint64_t key = delta_key(model, (size_t)t->adapter);
             for (size_t i = 0, k = 0; i < t->n; i++) {
-                float rests = rest == REST_ZERO ? t->value[i] : t->value[i] + alpha * normal(key, i, model->sigma);
+                float rests = rest == REST_ZERO ? t->value[i] : t->value[i] + alpha * normal(key, i, model->init.sigma);
                 if (k < delta->n && delta->index[k] == i) still += w[i] == t->value[i], k++;
                 else moved += w[i] != rests;
             }
@@ -1037,7 +1037,7 @@ static void set_entries(Model *model, size_t a, const float *number)
 {
     Tensor *delta = delta_tensor(model, a);
     for (size_t k = 0; k < delta->n; k++) {
-        float start = normal(delta_key(model, a), delta->index ? delta->index[k] : k, model->sigma);
+        float start = normal(delta_key(model, a), delta->index ? delta->index[k] : k, model->init.sigma);
         delta->value[k] = start > 0 ? number[k] : -number[k];
     }
 }
@@ -1102,8 +1102,8 @@ static void test_survivors(void)
         int keep = survivors == SURVIVORS_KEEP;
         float value[3], gate[TINY_MATRICES], zeros[TINY_ENTRIES] = { 0 };
         set_entries(model, UP, (float[]){ 3, 1, 5, 2, 6, 4 });
-        uint64_t key = random_key(model->seed, STREAM_DELTA, UP, survivors == SURVIVORS_REDRAW);
-        for (size_t k = 0; k < 3; k++) value[k] = keep ? delta->value[stays[k]] : normal(key, stays[k], model->sigma);
+        uint64_t key = random_key(model->init.seed, STREAM_DELTA, UP, survivors == SURVIVORS_REDRAW);
+        for (size_t k = 0; k < 3; k++) value[k] = keep ? delta->value[stays[k]] : normal(key, stays[k], model->init.sigma);
         for (size_t a = 0; a < TINY_MATRICES; a++) gates->value[a] = 0.25f, gate[a] = keep ? 0.25f : 1e-6f;
         for (size_t i = 0; i < TINY_ENTRIES + TINY_MATRICES; i++)
             model->grad_arena[i] = model->m_arena[i] = model->v_arena[i] = 1;
@@ -1152,7 +1152,7 @@ static void test_prune_is_a_sort(void)
                 randomize(delta->value, delta->n, 0.6f);
                 for (size_t k = 0; k < delta->n; k++) {
                     size_t i = delta->index ? delta->index[k] : k;
-                    float start = normal(delta_key(model, a), i, model->sigma);
+                    float start = normal(delta_key(model, a), i, model->init.sigma);
                     float value = delta->value[k] = rintf(4 * delta->value[k] + 3 * start) / 4;
                     if (value * start > 0) candidate[n++] = (Candidate){ fabsf(value), first + i };
                 }
@@ -1210,7 +1210,7 @@ static void test_save_and_load(void)
         Model *from = &saved->model, *to = &loaded->model;
         Pruned pruned[ADAPTED];
         if (cases[i].keep > 0) prune(from, pruned, cases[i].keep, THRESHOLD_MATRIX, SURVIVORS_KEEP);
-        from->draw = 3;
+        from->init.draw = 3;
         base_save(from, base);
         ticket_save(from, ticket, "");
         *to = (Model){ 0 };
@@ -1272,7 +1272,7 @@ static void test_state(void)
         opt.method = i < 2 ? METHOD_RIGSA : METHOD_FULL;
         sample_run(from);
         sample_run(to);
-        saved->draw = 3;
+        saved->init.draw = 3;
         randomize(saved->m_arena, n, 1);
         randomize(saved->v_arena, n, 1);
         randomize((float *)from->loss, 8, 1);
@@ -1284,7 +1284,7 @@ static void test_state(void)
         else check_same("weights", loaded->base_arena, saved->base_arena, n * sizeof(float));
         check_same("first moments", loaded->m_arena, saved->m_arena, n * sizeof(float));
         check_same("second moments", loaded->v_arena, saved->v_arena, n * sizeof(float));
-        check_same("draw", &loaded->draw, &saved->draw, sizeof saved->draw);
+        check_same("draw", &loaded->init.draw, &saved->init.draw, sizeof saved->init.draw);
         check_same("rows", to->row, from->row, 2 * sizeof(Row));
         check_same("losses", to->loss, from->loss, 4 * sizeof(double));
         check("place", to->rows == 2 && to->updates == 4 && !loaded->index_arena == (i != 1));
@@ -1379,7 +1379,7 @@ static void test_wrong_numbers(void)
         { "data", "no such choice", &sample.gold[1], 1, "question 1" },
         { "data", "an empty choice", &sample.chars[3], 0, "choice 3" },
         { "data", "too many choices", &sample.choices[0], 4, "choices" },
-        { "tick", "another base", &model->base.hash, 1, "not for" }, { "tick", "an unknown rest", &model->rest, 2, "init" },
+        { "tick", "another base", &model->base.hash, 1, "not for" }, { "tick", "an unknown rest", &model->init.rest, 2, "init" },
         { "stat", "a pass too many", &run->rows, 4, "damaged" }, { "stat", "an update too few", &run->updates, 2, "damaged" },
         { "stat", "an update too many", &run->updates, 7, "damaged" }, { "stat", "another base", &run->hash[0], 1, "changed" },
         { "stat", "a moment is NaN", run->model.m_arena, 0x7fc00000, "`m`" },

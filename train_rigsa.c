@@ -171,16 +171,17 @@ typedef enum { REST_ZERO, REST_INIT } Rest;
 typedef enum { SURVIVORS_REWIND, SURVIVORS_KEEP, SURVIVORS_REDRAW } Survivors;
 typedef enum { THRESHOLD_MATRIX, THRESHOLD_ALL } Threshold;
 
+// DeltaW's initial values are a function of seed, draw (how often survivors were drawn afresh), sigma, matrix and index. It is also a
+// ticket's `init` section: with mask, values and gates it makes the same W again.
+typedef struct { uint64_t seed; uint32_t draw; Rest rest; float sigma; } __attribute__((packed)) Init;
+
 struct Model {
     Config config;
     struct { uint64_t hash; char name[64]; } base;         // hash of its weights: the base that a ticket belongs to
     Tensor *tensors;           // base tensors in file order, then a DeltaW per adapted matrix, then the gates
     size_t base_tensors, all_tensors;
     Adapter adapter;
-    uint64_t seed;             // DeltaW's initial values are a function of seed, draw, sigma, matrix and index
-    uint32_t draw;             // how often survivors were drawn afresh (SURVIVORS_REDRAW)
-    float sigma;
-    Rest rest;
+    Init init;
     float *scratch;            // (O, I) of the largest matrix: W on its way into a product, or dW on its way out
     Activations acts;
     uint16_t *half_arena;
@@ -981,7 +982,7 @@ static void plain_gradient(Model *model, Tensor *t, const float *x, const float 
 static const Adapter PLAIN = { plain_weight, plain_gradient };
 
 // The key of the initial values of adapted matrix a.
-static uint64_t delta_key(const Model *model, size_t a) { return random_key(model->seed, STREAM_DELTA, a, model->draw); }
+static uint64_t delta_key(const Model *model, size_t a) { return random_key(model->init.seed, STREAM_DELTA, a, model->init.draw); }
 
 // RIGSA: W = W0 + alpha * (mask . DeltaW), one pass over the matrix. Pruned entries rest at zero, where W is the pretrained
 // weight again, or (REST_INIT) frozen at their initial value, which the generator gives back.
@@ -996,13 +997,13 @@ static const float *rigsa_weight(Model *model, Tensor *t)
         for (size_t i = 0; i < size; i++) w[i] = frozen(t, i) + alpha * value[i];
         return w;
     }
-    if (model->rest == REST_ZERO) {
+    if (model->init.rest == REST_ZERO) {
         #pragma omp parallel for simd
         for (size_t i = 0; i < size; i++) w[i] = frozen(t, i);
     } else {
         uint64_t key = delta_key(model, a);
         #pragma omp parallel for
-        for (size_t i = 0; i < size; i++) w[i] = frozen(t, i) + alpha * normal(key, i, model->sigma);
+        for (size_t i = 0; i < size; i++) w[i] = frozen(t, i) + alpha * normal(key, i, model->init.sigma);
     }
     #pragma omp parallel for
     for (size_t k = 0; k < delta->n; k++) w[delta->index[k]] = frozen(t, delta->index[k]) + alpha * value[k];
@@ -1098,7 +1099,7 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
 {
     size_t a = (size_t)t->adapter, size = t->rows * t->cols;
     Tensor *delta = delta_tensor(model, a), *gates = gates_tensor(model);
-    int sampled = delta->index && model->rest == REST_ZERO && (double)delta->n < SAMPLED_BELOW * (double)size;
+    int sampled = delta->index && model->init.rest == REST_ZERO && (double)delta->n < SAMPLED_BELOW * (double)size;
     const float alpha = gates->value[a];
     float *dw = model->scratch;
     double part[PARTS];
@@ -1111,18 +1112,18 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
             float *dw_k = &dw[delta->index && !sampled ? delta->index[k] : k];
             delta->grad[k] += alpha * *dw_k;
             sum += (double)*dw_k * delta->value[k];
-            if (model->rest == REST_INIT) *dw_k = 0;            // done; what is left in dw belongs to the frozen entries
+            if (model->init.rest == REST_INIT) *dw_k = 0;            // done; what is left in dw belongs to the frozen entries
         }
         part[p] = sum;
     }
     gates->grad[a] += (float)sum_of_parts(part);
-    if (model->rest == REST_INIT && delta->index) {
+    if (model->init.rest == REST_INIT && delta->index) {
         uint64_t key = delta_key(model, a);
         #pragma omp parallel for
         for (size_t p = 0; p < PARTS; p++) {
             double sum = 0;
             for (size_t i = size * p / PARTS; i < size * (p + 1) / PARTS; i++)
-                sum += (double)dw[i] * normal(key, i, model->sigma);
+                sum += (double)dw[i] * normal(key, i, model->init.sigma);
             part[p] = sum;
         }
         gates->grad[a] += (float)sum_of_parts(part);
@@ -1465,7 +1466,7 @@ static void rewind_adapter(Model *model)
         Tensor *delta = delta_tensor(model, a);
         uint64_t key = delta_key(model, a);
         #pragma omp parallel for
-        for (size_t k = 0; k < delta->n; k++) delta->value[k] = normal(key, delta->index ? delta->index[k] : k, model->sigma);
+        for (size_t k = 0; k < delta->n; k++) delta->value[k] = normal(key, delta->index ? delta->index[k] : k, model->init.sigma);
         gates_tensor(model)->value[a] = 1e-6f;
     }
 }
@@ -1493,7 +1494,7 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
         pruned[a] = (Pruned){ .entries = delta->n };
         if (over == THRESHOLD_MATRIX) candidates = 0;
         for (size_t k = 0; k < delta->n; k++) {
-            if (sign_kept(delta->value[k], normal(key, delta->index ? delta->index[k] : k, model->sigma)))
+            if (sign_kept(delta->value[k], normal(key, delta->index ? delta->index[k] : k, model->init.sigma)))
                 magnitude[candidates++] = fabsf(delta->value[k]);
             else pruned[a].flipped++;
         }
@@ -1513,7 +1514,7 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
         for (size_t k = 0; k < delta->n; k++) {
             uint32_t i = delta->index ? delta->index[k] : (uint32_t)k;
             float size = fabsf(delta->value[k]);
-            if (!sign_kept(delta->value[k], normal(key, i, model->sigma))) continue;
+            if (!sign_kept(delta->value[k], normal(key, i, model->init.sigma))) continue;
             if (!(size > c->threshold || (size == c->threshold && c->ties > 0))) continue;
             if (size == c->threshold) c->ties--;
             index[at] = i;
@@ -1532,7 +1533,7 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
     model->index_arena = index;
     model->value_arena = value;
     trained_arenas(model, delta_tensor(model, 0), gates + 1);
-    if (survivors == SURVIVORS_REDRAW) model->draw++;
+    if (survivors == SURVIVORS_REDRAW) model->init.draw++;
     if (survivors != SURVIVORS_KEEP) rewind_adapter(model);
 }
 
@@ -1822,9 +1823,6 @@ static void base_save(const Model *model, const char *path)
         { "weights", model->base_arena, base_weights(model) * sizeof(float) } }, 3));
 }
 
-// What a ticket needs besides mask, values and gates to make the same W again.
-typedef struct { uint64_t seed; uint32_t draw, rest; float sigma; } __attribute__((packed)) TicketInit;
-
 // What a ticket and a training state say of the adapter: four sections, but without an index if it is dense; returns how many.
 static size_t adapter_sections(Model *model, Section to[4], uint64_t *entries)
 {
@@ -1840,11 +1838,10 @@ static size_t adapter_sections(Model *model, Section to[4], uint64_t *entries)
 static void ticket_save(Model *model, const char *path, const char *settings)
 {
     size_t count = matrices(model), n = adapter_entries(model);
-    TicketInit init = { model->seed, model->draw, model->rest, model->sigma };
     uint64_t *entries = allocate(count, sizeof(uint64_t));
     uint32_t *everywhere = NULL;                                        // a dense adapter has no index: its mask is full
     Section section[7] = { { "base", &model->base, 8 + strlen(model->base.name) }, { "settings", settings, strlen(settings) },
-                           { "init", &init, sizeof init } };
+                           { "init", &model->init, sizeof model->init } };
     if (adapter_sections(model, section + 3, entries) == 3) {
         section[6].data = everywhere = allocate(n, sizeof(uint32_t));
         for (size_t a = 0, at = 0; a < count; a++) for (size_t k = 0; k < entries[a]; k++) everywhere[at++] = (uint32_t)k;
@@ -1905,12 +1902,9 @@ static void ticket_load(Model *model, const char *path)
     if (*base != model->base.hash)
         die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", path, (int)min_size(length - 8, 63),
             (const char *)(base + 1), (unsigned long long)*base, model->base.name, (unsigned long long)model->base.hash);
-    const TicketInit *init = needed(&file, "init", 1, sizeof *init);
-    if (init->rest > REST_INIT || !(init->sigma >= 0 && init->sigma < INFINITY)) die("%s: damaged section `init`", path);
-    model->seed = init->seed;
-    model->draw = init->draw;
-    model->rest = init->rest;
-    model->sigma = init->sigma;
+    model->init = *(const Init *)needed(&file, "init", 1, sizeof(Init));
+    if (model->init.rest > REST_INIT || !(model->init.sigma >= 0 && model->init.sigma < INFINITY))
+        die("%s: damaged section `init`", path);
     adapter_load(model, &file);
     file_close(&file);
 }
@@ -2640,7 +2634,7 @@ static int state_save(Run *run, const char *path)
     Section section[13] = {
         { "inputs", run->hash, (2 + run->evals) * sizeof(uint64_t) }, { "settings", run->settings, strlen(run->settings) },
         { "clock", clock, sizeof clock }, { "rows", run->row, run->rows * sizeof(Row) },
-        { "losses", run->loss, run->updates * sizeof(double) }, { "draw", &model->draw, sizeof model->draw },
+        { "losses", run->loss, run->updates * sizeof(double) }, { "draw", &model->init.draw, sizeof model->init.draw },
         { "m", model->m_arena, trained * sizeof(float) }, { "v", model->v_arena, trained * sizeof(float) },
         { "weights", model->base_arena, opt.method == METHOD_FULL ? trained * sizeof(float) : 0 } };
     if (opt.method == METHOD_RIGSA) s += adapter_sections(model, section + s, entries);
@@ -2706,7 +2700,7 @@ static void state_load(Run *run, const char *path)
         die("%s: damaged; %s", path, mend("stat"));
     memcpy(run->row, row, run->rows * sizeof(Row));
     memcpy(run->loss, needed(&file, "losses", run->updates, sizeof(double)), run->updates * sizeof(double));
-    memcpy(&model->draw, needed(&file, "draw", 1, sizeof model->draw), sizeof model->draw);
+    memcpy(&model->init.draw, needed(&file, "draw", 1, sizeof model->init.draw), sizeof model->init.draw);
     run->start = seconds() - clock[0];
     run->done = clock[1];
     if (opt.method == METHOD_RIGSA) {
@@ -2817,7 +2811,7 @@ static void train_pass(Run *run, size_t pass, double density)
 {
     size_t batch = (size_t)opt.batch, count = pass_examples(run, pass), before = updates_before(run, pass), tokens = 0;
     size_t updates = updates_before(run, pass + 1) - before;
-    uint32_t *order = visit_order(&run->data, count, run->model.seed, pass);
+    uint32_t *order = visit_order(&run->data, count, run->model.init.seed, pass);
     double T = mean_length(&run->data), smooth = -1, begin = seconds(), last = begin;
     double work = training_work(&run->model, T, density);
     char text[64], number[24];
@@ -3071,9 +3065,7 @@ static void plan(Run *run)
 static void prepare_training(Model *model)
 {
     int full = opt.method == METHOD_FULL;
-    model->seed = (uint64_t)opt.seed;
-    model->sigma = (float)opt.sigma;
-    model->rest = (Rest)opt.rest;
+    model->init = (Init){ (uint64_t)opt.seed, 0, (Rest)opt.rest, (float)opt.sigma };
     if (full) trained_arenas(model, model->tensors, model->tensors + model->base_tensors);
     else adapter_alloc(model);
     for (Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) {

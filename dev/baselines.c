@@ -306,7 +306,7 @@ static void mask_random(Model *model, double density)
     model->index_arena = integers(all);
     for (size_t a = 0; a < matrices(model); a++) {
         size_t size = matrix_size(model, a), wanted = share(density, size), n = 0;
-        uint64_t key = random_key(model->seed, STREAM_MASK, a, 0);
+        uint64_t key = random_key(model->init.seed, STREAM_MASK, a, 0);
         for (size_t i = 0; i < size; i++)
             if ((double)(mix(key + i * GOLDEN) >> 11) * 0x1p-53 * (double)(size - i) < (double)(wanted - n))
                 model->index_arena[at + n++] = (uint32_t)i;
@@ -389,8 +389,8 @@ static void prepare_baseline(Run *run)
     Model *model = &run->model;
     size_t all = adapted_weights(model), lora_rows = is_low_rank() ? 2 * matrices(model) : 0, both = 0;
     Tensor *end = model->tensors + model->base_tensors;
-    model->seed = (uint64_t)opt.seed;
-    model->sigma = (float)opt.sigma;
+    model->init.seed = (uint64_t)opt.seed;
+    model->init.sigma = (float)opt.sigma;
     if (more.base_type == BASE_NF4 && ((opt.method != METHOD_LORA && opt.method != METHOD_EVAL) || *opt.ticket))
         die("--base-type nf4 goes with --method lora or eval, and without --ticket");
     if (more.init == INIT_GATED && opt.method != METHOD_RANDOM) die("--init gated goes with --method random");
@@ -447,7 +447,7 @@ static void start_trained(Model *model)
     if (!is_low_rank()) return;
     for (size_t a = 0; a < matrices(model); a++) {
         Tensor *A = lora_tensor(model, a);
-        uint64_t key = random_key(model->seed, STREAM_LORA, a, 0);
+        uint64_t key = random_key(model->init.seed, STREAM_LORA, a, 0);
         float bound = 1 / sqrtf((float)A->cols);
         for (size_t i = 0; i < A->n; i++)
             A->value[i] = bound * ((float)(mix(key + i * GOLDEN) >> 40) * 0x1p-23f + 0x1p-24f - 1);
@@ -495,7 +495,7 @@ static void rosa_mask(Run *run)
     Model *model = &run->model;
     size_t batch = (size_t)opt.batch, count = (size_t)opt.ticket_examples, steps = (size_t)more.mask_after;
     if ((steps + 1) * batch > count) die("--mask-after %zu: the last pass has fewer updates", steps);
-    uint32_t *order = visit_order(&run->data, count, model->seed, 1);
+    uint32_t *order = visit_order(&run->data, count, model->init.seed, 1);
     model->adapter = LORA;
     for (size_t t = 1; t <= steps; t++) {
         loss_and_gradient(run, order + (t - 1) * batch, batch);

@@ -210,7 +210,7 @@ int main(int argc, char **argv)
     Run *run = rig_make(MODELS[want.model].config, shape, S);
     Model *model = &run->model;
     if (precision == BF16) halve_base(model);
-    model->sigma = 0.06f;
+    model->init.sigma = 0.06f;
     random_adapter(model, want.density);
     for (size_t a = 0; a < matrices(model); a++) delta_tensor(model, a)->lr = 0.003f, delta_tensor(model, a)->decay = 1;
     gates_tensor(model)->lr = 0.007f;
