@@ -23,7 +23,7 @@
 //      2  Utilities     errors, memory, time, the hash
 //      3  Randomness    the counter-based generator that gives DeltaW's initial values back whenever they are needed
 //      4  Exponential   one that the compiler can vectorise
-//      5  Matmul        the naive one, and the fast one that must equal it
+//      5  Matmul        one for all products, close to the machine's peak
 //      6  Layers        rmsnorm, rope, attention, swiglu, cross-entropy: forward, directly followed by backward
 //      7  Adapters      the two functions that make W: RIGSA's, and the plain one that trains the weights themselves
 //      8  Transformer   forward, head and loss, backward
@@ -171,8 +171,8 @@ typedef enum { REST_ZERO, REST_INIT } Rest;
 typedef enum { SURVIVORS_REWIND, SURVIVORS_KEEP, SURVIVORS_REDRAW } Survivors;
 typedef enum { THRESHOLD_MATRIX, THRESHOLD_ALL } Threshold;
 
-// DeltaW's initial values are a function of seed, draw (how often survivors were drawn afresh), sigma, matrix and index. It is also a
-// ticket's `init` section: with mask, values and gates it makes the same W again.
+// DeltaW's initial values are a function of seed, draw (how often survivors were drawn afresh), sigma, matrix and index. With it,
+// mask, values and gates make the same W again: it is a section of a ticket.
 typedef struct { uint64_t seed; uint32_t draw; Rest rest; float sigma; } __attribute__((packed)) Init;
 
 struct Model {
@@ -386,19 +386,7 @@ static inline float exponential(float x)
 //
 // are all this one function, and so are those of attention.
 
-__attribute__((unused))              // here: it is what the tests compare with
-static void matmul_naive(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
-                         const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
-{
-    for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++) {
-            float sum = 0;
-            for (size_t k = 0; k < K; k++) sum += a[i * a_row + k * a_col] * b[k * b_row + j * b_col];
-            c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
-        }
-}
-
-// The fast one computes c in tiles of MR x NR that stay in registers while k runs:
+// c is computed in tiles of MR x NR that stay in registers while k runs (the three plain loops that it must equal: test_rigsa.c):
 //
 //                      NR = NV vectors of b
 //                     [ b0 ][ b1 ][ b2 ]
@@ -1214,29 +1202,18 @@ static void layer_forward(Model *model, const Batch *batch, size_t l)
     linear_forward(model, a->up, layer_tensor(model, l, WUP), acts->xn, R, 0);
 }
 
-// Where the layers share their arrays: a copy for the backward pass, in bfloat16 with that precision, and back from it.
-static void layer_keep(Activations *acts, size_t l)
+// Where the layers share their arrays: a copy for the backward pass, in bfloat16 with that precision, and `back` from it.
+static void layer_copy(Activations *acts, size_t l, int back)
 {
-    const float *x = acts->layer[l].x;
-    uint16_t *half = (uint16_t *)acts->layer[l].kept;
-    if (!half) return;
-    if (precision == FP32) { memcpy(half, x, acts->keep * sizeof(float)); return; }
+    float *x = acts->layer[l].x, *kept = acts->layer[l].kept;
+    uint16_t *half = (uint16_t *)kept;
+    if (!kept) return;
+    if (precision == FP32) { memcpy(back ? x : kept, back ? kept : x, acts->keep * sizeof(float)); return; }
     #pragma omp parallel for simd
-    for (size_t i = 0; i < acts->keep; i++) half[i] = (uint16_t)round_bf16(x[i]);
-}
-
-static void layer_recall(Model *model, const Batch *batch, size_t l)
-{
-    Activations *acts = &model->acts;
-    float *x = acts->layer[l].x;
-    const uint16_t *half = (const uint16_t *)acts->layer[l].kept;
-    if (!half) return;
-    if (precision == FP32) memcpy(x, half, acts->keep * sizeof(float));
-    else {
-        #pragma omp parallel for simd
-        for (size_t i = 0; i < acts->keep; i++) x[i] = widen_bf16(half[i]);
+    for (size_t i = 0; i < acts->keep; i++) {
+        if (back) x[i] = widen_bf16(half[i]);
+        else half[i] = (uint16_t)round_bf16(x[i]);
     }
-    if (acts->recompute) layer_forward(model, batch, l);
 }
 
 // From the tokens to the residual stream before the final norm, acts.layer[L].x (M, C).
@@ -1248,10 +1225,10 @@ static void model_forward(Model *model, const Batch *batch)
     embedding_forward(acts->layer[0].x, model->tensors[0].value, batch->token, batch->all.n, c->C);
     for (size_t l = 0; l < c->L; l++) {
         Layer *a = &acts->layer[l];
-        float *next = acts->layer[l + 1].x;                 // may be a->x: nothing after layer_keep reads that
+        float *next = acts->layer[l + 1].x;                 // may be a->x: nothing after layer_copy reads that
         size_t R = query_rows(model, batch, l)->n;
         layer_forward(model, batch, l);
-        if (!batch->cached) layer_keep(acts, l);
+        if (!batch->cached) layer_copy(acts, l, 0);
         swiglu_forward(acts->h, a->gate, a->up, R * c->F);
         memcpy(next, a->x2, R * c->C * sizeof(float));
         linear_forward(model, next, layer_tensor(model, l, WDOWN), acts->h, R, 1);           // next x = x2 + h Wd^T
@@ -1301,7 +1278,8 @@ static void model_backward(Model *model, const Batch *batch)
         const Rows *rows = query_rows(model, batch, l);
         size_t R = rows->n;
         Tensor *norm1 = layer_tensor(model, l, ATTN_NORM), *norm2 = layer_tensor(model, l, FFN_NORM);
-        layer_recall(model, batch, l);
+        layer_copy(acts, l, 1);
+        if (acts->recompute) layer_forward(model, batch, l);
         // out = x2 + h Wd^T, h = silu(gate) up
         swiglu_forward(acts->h, a->gate, a->up, R * F);
         linear_backward(model, acts->dh, layer_tensor(model, l, WDOWN), acts->h, dx, R, 0);
@@ -1358,6 +1336,30 @@ static void adamw(float *w, const float *dw, float *m, float *v, size_t n, float
         m[i] = b1 * m[i] + (1 - b1) * g;
         v[i] = b2 * v[i] + (1 - b2) * g * g;
         w[i] = w[i] * shrink - step * m[i] / (sqrtf(v[i]) * root + ADAM_EPS);
+    }
+}
+
+// Makes room for what takes the place of the adapter.
+static void free_moments(Model *model)
+{
+    free(model->m_arena);
+    free(model->v_arena);
+    model->m_arena = model->v_arena = NULL;
+}
+
+// Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
+static void trained_arenas(Model *model, Tensor *first, Tensor *end)
+{
+    size_t n = values_in(first, end), at = 0;
+    free(model->grad_arena);
+    free_moments(model);
+    model->grad_arena = floats(n);
+    model->m_arena = floats(n);
+    model->v_arena = floats(n);
+    for (Tensor *t = first; t < end; at += t++->n) {
+        t->grad = model->grad_arena + at;
+        t->m = model->m_arena + at;
+        t->v = model->v_arena + at;
     }
 }
 
@@ -1471,16 +1473,6 @@ static void rewind_adapter(Model *model)
     }
 }
 
-static void trained_arenas(Model *model, Tensor *first, Tensor *end);
-
-// Makes room for what takes the place of the adapter.
-static void free_moments(Model *model)
-{
-    free(model->m_arena);
-    free(model->v_arena);
-    model->m_arena = model->v_arena = NULL;
-}
-
 // One round of pruning: fills pruned (matrices), shrinks what is stored to the survivors, zeroes gradients and moments, and
 // sends the survivors where `survivors` says. The magnitudes to select from borrow the gradients' memory, which are done with.
 static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors survivors)
@@ -1493,11 +1485,10 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
         uint64_t key = delta_key(model, a);
         pruned[a] = (Pruned){ .entries = delta->n };
         if (over == THRESHOLD_MATRIX) candidates = 0;
-        for (size_t k = 0; k < delta->n; k++) {
+        for (size_t k = 0; k < delta->n; k++)
             if (sign_kept(delta->value[k], normal(key, delta->index ? delta->index[k] : k, model->init.sigma)))
                 magnitude[candidates++] = fabsf(delta->value[k]);
-            else pruned[a].flipped++;
-        }
+            else delta->value[k] = 0, pruned[a].flipped++;                  // zero is below every threshold
         if (over == THRESHOLD_MATRIX) kept += (cut[a] = cut_magnitudes(magnitude, candidates, keep)).kept;
     }
     if (over == THRESHOLD_ALL) kept = (cut[0] = cut_magnitudes(magnitude, candidates, keep)).kept;
@@ -1509,15 +1500,12 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
     for (size_t a = 0; a < count; a++) {
         Tensor *delta = delta_tensor(model, a);
         Cut *c = &cut[over == THRESHOLD_ALL ? 0 : a];
-        uint64_t key = delta_key(model, a);
         size_t from = at;
         for (size_t k = 0; k < delta->n; k++) {
-            uint32_t i = delta->index ? delta->index[k] : (uint32_t)k;
             float size = fabsf(delta->value[k]);
-            if (!sign_kept(delta->value[k], normal(key, i, model->init.sigma))) continue;
             if (!(size > c->threshold || (size == c->threshold && c->ties > 0))) continue;
             if (size == c->threshold) c->ties--;
-            index[at] = i;
+            index[at] = delta->index ? delta->index[k] : (uint32_t)k;
             value[at++] = delta->value[k];
         }
         delta->index = index + from;
@@ -1632,18 +1620,27 @@ static const float *numbers(const File *file, const char *tag, size_t count)
     return x;
 }
 
-// Writes the parts to a temporary name, syncs, renames, and syncs the folder: whatever happens, `path` is either the old file or
-// the new one, whole. Returns 0, or the errno of what went wrong.
-typedef struct { const void *data; size_t length; } Part;
-
-static int write_whole(const char *path, const Part *part, size_t count)
+// Writes the sections, or without a `kind` the plain text of one, to a temporary name, syncs, renames, and syncs the folder:
+// whatever happens, `path` is either the old file or the new one, whole. Returns 0, or the errno of what went wrong.
+static int file_write(const char *path, const char *kind, const Section *section, size_t count)
 {
     char temporary[PATH_MAX + 8];
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
     FILE *f = fopen(temporary, "wb");
     if (!f) return errno;
-    int good = 1, error = 0;
-    for (size_t i = 0; good && i < count; i++) good = fwrite(part[i].data, 1, part[i].length, f) == part[i].length;
+    static const char zeros[8];
+    FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
+    memcpy(header.magic, MAGIC, sizeof MAGIC);
+    if (kind) memcpy(header.kind, kind, sizeof header.kind);
+    for (size_t s = 0; s < count; s++) header.length += sizeof(SectionHeader) + padded(section[s].length);
+    int good = !kind || fwrite(&header, sizeof header, 1, f) == 1, error = 0;
+    for (const Section *s = section; good && s < section + count; s++) {
+        SectionHeader head = { .length = s->length, .hash = hash64(s->data, s->length) };
+        size_t before = kind ? sizeof head : 0, after = kind ? padded(s->length) - s->length : 0;
+        memcpy(head.tag, s->tag, min_size(strlen(s->tag), sizeof head.tag));
+        good = fwrite(&head, 1, before, f) == before && fwrite(s->data, 1, s->length, f) == s->length
+            && fwrite(zeros, 1, after, f) == after;
+    }
     if (!good || fflush(f) || fsync(fileno(f))) error = errno;
     if (fclose(f) && !error) error = errno;
     if (!error && rename(temporary, path)) error = errno;
@@ -1653,30 +1650,6 @@ static int write_whole(const char *path, const Part *part, size_t count)
     int folder = open(slash ? temporary : ".", O_RDONLY);
     if (folder >= 0) fsync(folder), close(folder);
     return 0;
-}
-
-static int file_write(const char *path, const char *kind, const Section *sections, size_t count)
-{
-    static const char zeros[8];
-    FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
-    SectionHeader *head = allocate(count, sizeof *head);
-    Part *part = allocate(1 + 3 * count, sizeof(Part));
-    memcpy(header.magic, MAGIC, 8);
-    memcpy(header.kind, kind, 4);
-    part[0] = (Part){ &header, sizeof header };
-    for (size_t s = 0; s < count; s++) {
-        size_t length = sections[s].length;
-        head[s] = (SectionHeader){ .length = length, .hash = hash64(sections[s].data, length) };
-        memcpy(head[s].tag, sections[s].tag, min_size(strlen(sections[s].tag), sizeof head[s].tag));
-        part[3 * s + 1] = (Part){ &head[s], sizeof head[s] };
-        part[3 * s + 2] = (Part){ sections[s].data, length };
-        part[3 * s + 3] = (Part){ zeros, padded(length) - length };
-        header.length += sizeof head[s] + padded(length);
-    }
-    int error = write_whole(path, part, 1 + 3 * count);
-    free(head);
-    free(part);
-    return error;
 }
 
 static void must_write(const char *path, int error) { if (error) die("%s: cannot be written: %s", path, strerror(error)); }
@@ -2000,22 +1973,6 @@ static void base_read(Model *model, File *file, int trained)
     model->adapter = PLAIN;
 }
 
-// Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
-static void trained_arenas(Model *model, Tensor *first, Tensor *end)
-{
-    size_t n = values_in(first, end), at = 0;
-    free(model->grad_arena);
-    free_moments(model);
-    model->grad_arena = floats(n);
-    model->m_arena = floats(n);
-    model->v_arena = floats(n);
-    for (Tensor *t = first; t < end; at += t++->n) {
-        t->grad = model->grad_arena + at;
-        t->m = model->m_arena + at;
-        t->v = model->v_arena + at;
-    }
-}
-
 // A dense adapter at its initial values, with gradients and moments.
 static void adapter_alloc(Model *model)
 {
@@ -2156,13 +2113,6 @@ static void batch_add(Batch *batch, const Data *data, size_t e, uint32_t context
 
 typedef struct { double value, error; } Score;          // a share of right answers and its standard error
 
-// The error is that of a sample, as lm-evaluation-harness has it: with count - 1.
-static Score score_of(size_t right, size_t count)
-{
-    double p = (double)right / (double)count;
-    return (Score){ p, sqrt(p * (1 - p) / (double)max_size(count - 1, 1)) };
-}
-
 // What the model makes of one example.
 typedef struct { double logp; int exact; uint32_t said; } Verdict;     // said: its first answer token
 
@@ -2206,7 +2156,8 @@ static Score score_verdicts(const Verdict *verdict, const Data *data)
         }
         right += best == data->gold[i];
     }
-    return score_of(right, data->questions);
+    double p = (double)right / (double)data->questions;     // its error is a sample's, as in lm-evaluation-harness: with n - 1
+    return (Score){ p, sqrt(p * (1 - p) / (double)max_size(data->questions - 1, 1)) };
 }
 
 // Greedy generation: SLOTS sequences grow side by side, each in its own stretch of the cache. At every step each lays out what is
@@ -2454,22 +2405,17 @@ static char *settings_text(void)
     FILE *to = open_memstream(&text, &size);
     for (const Option *o = table; o < table + OPTIONS; o++) {
         if (!is_setting(o) || (o->type == TEXT && !**(char **)o->where)) continue;
+        char word[24] = "";
         fprintf(to, "%-16s", o->name);
         if (o->type == TEXT) fprintf(to, " %s", *(char **)o->where);
-        if (o->type == FLAG) fprintf(to, *(int *)o->where ? " yes" : " no");
         if (o->type == LIST) for (char **e = o->where; e < (char **)o->where + MAX_EVALS && *e; e++) fprintf(to, " %s", *e);
+        if (o->type == FLAG) choice_word(word, "no|yes", *(int *)o->where);
+        if (o->type == CHOICE) choice_word(word, o->range, *(int *)o->where);
         if (o->type == COUNT || o->type == REAL) {
-            char number[32];
-            snprintf(number, sizeof number, "%.15g", *(double *)o->where);      // as it was written, if that says it all
-            if (strtod(number, NULL) != *(double *)o->where) snprintf(number, sizeof number, "%.17g", *(double *)o->where);
-            fprintf(to, " %s", number);
+            snprintf(word, sizeof word, "%.15g", *(double *)o->where);          // as it was written, if that says it all
+            if (strtod(word, NULL) != *(double *)o->where) snprintf(word, sizeof word, "%.17g", *(double *)o->where);
         }
-        if (o->type == CHOICE) {
-            char word[24];
-            choice_word(word, o->range, *(int *)o->where);
-            fprintf(to, " %s", word);
-        }
-        fputc('\n', to);
+        fprintf(to, *word ? " %s\n" : "\n", word);
     }
     fclose(to);
     return text;
@@ -2665,8 +2611,10 @@ static int tables_save(const Run *run)
             fprintf(loss_csv, "%s,%zu,%.6f\n", pass_label(run, pass, number), t, run->loss[at++]);
     fclose(table_csv);
     fclose(loss_csv);
-    for (int i = 0; i < 2; free(text[i++]))
-        if (!error) error = write_whole(output_path(i ? "loss.csv" : "table.csv", path), &(Part){ text[i], size[i] }, 1);
+    for (int i = 0; i < 2; free(text[i++])) {
+        Section csv = { "text", text[i], size[i] };
+        if (!error) error = file_write(output_path(i ? "loss.csv" : "table.csv", path), NULL, &csv, 1);
+    }
     return error;
 }
 
@@ -2879,19 +2827,17 @@ static Row *add_row(Run *run, double density)
 // Kept and flipped shares, over all and for each kind of matrix.
 static void report_pruning(Row *row, const Pruned *pruned, size_t count)
 {
-    Pruned kind[ADAPTED] = { 0 }, all = { 0 };
-    for (size_t a = 0; a < count; a++)
-        for (Pruned *p = &kind[a % ADAPTED]; p; p = p == &all ? NULL : &all) {
-            p->entries += pruned[a].entries;
-            p->flipped += pruned[a].flipped;
-            p->kept += pruned[a].kept;
-        }
-    row->kept = all.entries ? (double)all.kept / (double)all.entries : 0;
-    row->flipped = all.entries ? (double)all.flipped / (double)all.entries : 0;
     printf("  kept/flipped:");
-    for (int k = 0; k < ADAPTED; k++) {
-        double entries = (double)max_size(kind[k].entries, 1);
-        printf("  %s %.2f/%.2f", KIND[k], (double)kind[k].kept / entries, (double)kind[k].flipped / entries);
+    for (size_t kind = 0; kind <= ADAPTED; kind++) {            // the last of them: all kinds
+        Pruned sum = { 0 };
+        for (size_t a = kind % ADAPTED; a < count; a += kind < ADAPTED ? ADAPTED : 1) {
+            sum.entries += pruned[a].entries;
+            sum.flipped += pruned[a].flipped;
+            sum.kept += pruned[a].kept;
+        }
+        row->kept = (double)sum.kept / (double)max_size(sum.entries, 1);
+        row->flipped = (double)sum.flipped / (double)max_size(sum.entries, 1);
+        if (kind < ADAPTED) printf("  %s %.2f/%.2f", KIND[kind], row->kept, row->flipped);
     }
     printf("\n");
 }
@@ -3092,7 +3038,8 @@ static void train(Run *run)
         for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
         printf("resumed after update %zu of %zu\n", run->updates, updates_before(run, run->passes + 1));
     } else must_write(path, state_save(run, output_path("state.bin", path)));   // is the disk too small? Better known at once
-    must_write(path, write_whole(output_path("settings.txt", path), &(Part){ run->settings, strlen(run->settings) }, 1));
+    Section text = { "text", run->settings, strlen(run->settings) };
+    must_write(path, file_write(output_path("settings.txt", path), NULL, &text, 1));
     run->saved = seconds();
     for (size_t pass = run->rows; pass <= run->passes; pass++) {
         double density = (double)adapter_entries(model) / (double)all;
