@@ -555,10 +555,9 @@ static inline vec lanes_across(const float *from, size_t along, size_t steps, si
     return lanes.all;
 }
 
-// to (lanes of k, width) = the strip of `width` rows (or columns) that starts at from; `used` of them exist, the others become zero.
+// to (lanes of k, width) = the strip of `width` rows (or columns) that starts at from; `used` of them exist, the rest become zero.
 // Neighbours are `across` apart, steps of k `along`. Where width is no multiple of LANES, a store spills into the next lane's
-// place, which is written after it. (Strips that lie across are not made by lanes_across: for the MR rows of a, half a vector, it is
-// slower.)
+// place, which is written after it. (lanes_across would be slower for the MR rows of a, half a vector.)
 static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K)
 {
     size_t per = steps_per_lane(), lanes = (K + per - 1) / per;
@@ -1380,9 +1379,8 @@ static double gradient_norm(const Model *model)
     return sqrt(squares);
 }
 
-// One update of everything that is trained, the t-th (from 1) of its pass; `factor` of the schedule scales all learning rates.
-// Gradients whose norm exceeds CLIP are scaled down to it: one wild batch must not undo what the others taught.
-// Returns 0, and changes nothing, if the gradient is not finite.
+// The t-th update (from 1) of a pass; `factor` of the schedule scales all learning rates. A gradient whose norm exceeds CLIP is
+// scaled down to it: one wild batch must not undo what others taught. Returns 0, and changes nothing, if it is not finite.
 static int model_update(Model *model, size_t t, float factor)
 {
     double norm = gradient_norm(model);
@@ -1406,15 +1404,11 @@ static void model_zero_grad(Model *model)
         if (p->grad) memset(p->grad, 0, p->n * sizeof(float));
 }
 
-// The learning rate's factor in update t (from 1) of `updates`: a linear warm-up, a plateau, and over the last `cooldown` share
-// of the pass a line down to zero.
+// The learning rate's factor in update t (from 1) of `updates`: over a share `warmup` a line up, over the last `cooldown` one down.
 static float schedule(size_t t, size_t updates, double warmup, double cooldown)
 {
     double up = warmup * (double)updates, down = cooldown * (double)updates, left = (double)(updates - t) + 1;
-    double factor = 1;
-    if ((double)t < up) factor = (double)t / up;
-    if (left < down) factor = fmin(factor, left / down);
-    return (float)factor;
+    return (float)fmin(1, fmin((double)t / up, left / down));               // a share of 0 is no bound: infinity
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1557,8 +1551,7 @@ static File file_open(const char *path, const char *kind)
     file.bytes = mmap(NULL, file.length, PROT_READ, MAP_PRIVATE, fd, 0);
     if (file.bytes == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
-    FileHeader header;
-    memcpy(&header, file.bytes, sizeof header);
+    const FileHeader header = *(const FileHeader *)file.bytes;
     if (memcmp(header.magic, MAGIC, 8)) die("%s: not a file of rigsa.c; %s", path, mend(kind));
     if (header.version == 0x01000000) die("%s: written on a big-endian machine; %s", path, mend(kind));
     if (header.version != 1) die("%s: version %u, this program reads version 1; take a newer one", path, header.version);
@@ -1581,8 +1574,7 @@ static File file_open(const char *path, const char *kind)
 
 static void file_close(File *file) { munmap((void *)file->bytes, file->length); }
 
-// A section's payload, 8-byte aligned, of `count` values of `size` bytes; NULL when the file has none of this tag. Its hash is
-// checked here.
+// A section's payload, 8-byte aligned, its hash checked, and how many values of `size` bytes it has; NULL when there is none.
 static const void *section(const File *file, const char *tag, size_t size, size_t *count)
 {
     SectionHeader head;
@@ -2160,9 +2152,8 @@ static Score score_verdicts(const Verdict *verdict, const Data *data)
     return (Score){ p, sqrt(p * (1 - p) / (double)max_size(data->questions - 1, 1)) };
 }
 
-// Greedy generation: SLOTS sequences grow side by side, each in its own stretch of the cache. At every step each lays out what is
-// not cached yet: its prompt, in parts if it is longer than a batch, later the token that it said last. When it ends, it makes room
-// for the next example.
+// Greedy generation: SLOTS sequences grow side by side, each in its own stretch of the cache, until they end and make room for the
+// next. At every step each lays out what is not cached yet: its prompt, in parts if it is long, later the token that it said last.
 enum { SLOTS = 8 };
 
 typedef struct {
@@ -2220,8 +2211,7 @@ static void print_details(FILE *f, const char *label, const Data *data, size_t e
     fprintf(f, "\"}\n");
 }
 
-// One step of all slots; `next` is the next example, `text` room for what a slot says. Fills the verdicts of the examples that end
-// and returns how many they are.
+// One step of all slots; `next` is the next example, `text` room for what a slot says. Returns how many ended, with verdicts.
 static size_t generate(Model *model, Verdict *verdict, Batch *batch, const Data *data, Slot *slot, size_t *next, char *text,
                        FILE *details, const char *label)
 {
@@ -2438,19 +2428,15 @@ static char *settings_resume(void)
     return saved;
 }
 
-static const char *setting_value(const char *line)
-{
-    line += strcspn(line, " ");
-    return line + strspn(line, " ");
-}
-
 // Those that the user did give must be the same.
 static void settings_agree(char *ours, char *saved)
 {
     for (char *line; (line = strsep(&ours, "\n")) && *line; ) {
-        const char *was = saved ? strsep(&saved, "\n") : "";
-        if (strcmp(line, was)) die("--%.*s is %s, in the saved run it was %s; leave it out, or start a run in another --out",
-                                   (int)strcspn(line, " "), line, setting_value(line), setting_value(was));
+        char *was = strsep(&saved, "\n"), *name;
+        if (was && !strcmp(line, was)) continue;
+        name = strsep(&line, " "), strsep(&was, " ");
+        die("--%s is %s, in the saved run it was %s; leave it out, or start a run in another --out",
+            name, line + strspn(line, " "), was ? was + strspn(was, " ") : "");
     }
 }
 
@@ -2499,6 +2485,7 @@ typedef struct {
     Model model;
     Data data, eval[MAX_EVALS];
     size_t evals, passes;
+    char (*label)[24];                  // (passes + 1) of the base and the passes: numbers, of the last `ticket` or the method
     Batch batch;
     Verdict *verdict;                   // of the largest evaluation set
     Row *row;                           // the base, then one per pass; how many there are says which pass is the next
@@ -2506,7 +2493,8 @@ typedef struct {
     double *loss;                       // of every update of the run; how many there are says where in its pass the run is
     size_t updates;
     uint64_t hash[2 + MAX_EVALS];       // of the base's weights, the data, the evaluation sets
-    double start, saved, work, done;    // seconds; operations of the whole run, and so far
+    double start, saved, shown;         // seconds
+    double work, done;                  // operations of the whole run, and so far
     int terminal, forecast;
     char *settings;                     // one `name value` a line
     FILE *details;                      // JSON lines, or NULL
@@ -2532,12 +2520,13 @@ static double forward_work(const Model *model, double T) { return row_work(model
 // Forward and backward, where dW is computed for a share `density` of the weights.
 static double training_work(const Model *model, double T, double density) { return row_work(model, T, 2 + density, 3.5); }
 
-// The line at the bottom of a terminal; a pipe does not see it.
+// The line at the bottom of a terminal, five times a second at most; a pipe does not see it.
 static void progress(Run *run, const char *what, double part, double loss, double tokens_per_second)
 {
     char left[32];
-    double elapsed = seconds() - run->start;
-    if (!run->terminal) return;
+    double now = seconds(), elapsed = now - run->start;
+    if (!run->terminal || now - run->shown < 0.2) return;
+    run->shown = now;
     printf("\r\033[K  %-8s %3.0f %%", what, 100 * part);
     if (loss >= 0) printf("   loss %.4f   %.0f tokens/s", loss, tokens_per_second);
     if (run->done > 0) printf("   %s left", duration(elapsed * (run->work - run->done) / run->done, left));
@@ -2545,16 +2534,6 @@ static void progress(Run *run, const char *what, double part, double loss, doubl
 }
 
 static void clear_line(const Run *run) { if (run->terminal) printf("\r\033[K"); }
-
-// Passes are numbered from 1, and pass 0 is the base.
-static const char *pass_label(const Run *run, size_t pass, char text[24])
-{
-    snprintf(text, 24, "%zu", pass);
-    if (pass == 0) return *opt.ticket ? "ticket" : "base";
-    if (pass == run->passes && opt.method == METHOD_RIGSA) return "ticket";
-    if (pass == run->passes) choice_word(text, METHODS, opt.method);
-    return text;
-}
 
 static size_t pass_examples(const Run *run, size_t pass)
 {
@@ -2569,8 +2548,7 @@ static size_t updates_before(const Run *run, size_t pass)
     return n;
 }
 
-// What it takes to go on as if nothing had been, down to the bits. Returns 0, or the errno of what went wrong; the file of before
-// is then still there.
+// What it takes to go on as if nothing had been, down to the bits. Returns 0, or an errno: then the file of before is still there.
 static int state_save(Run *run, const char *path)
 {
     Model *model = &run->model;
@@ -2594,21 +2572,21 @@ static int tables_save(const Run *run)
 {
     size_t size[2];
     int error = 0;
-    char path[PATH_MAX], number[24], *text[2];
+    char path[PATH_MAX], *text[2];
     FILE *table_csv = open_memstream(&text[0], &size[0]), *loss_csv = open_memstream(&text[1], &size[1]);
     fprintf(table_csv, "round,density,kept,flipped");
     for (size_t i = 0; i < run->evals; i++) fprintf(table_csv, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
     fprintf(table_csv, ",seconds\n");
     for (size_t r = 0; r < run->rows; r++) {
         const Row *row = &run->row[r];
-        fprintf(table_csv, "%s,%.6f,%.6f,%.6f", pass_label(run, r, number), row->density, row->kept, row->flipped);
+        fprintf(table_csv, "%s,%.6f,%.6f,%.6f", run->label[r], row->density, row->kept, row->flipped);
         for (size_t i = 0; i < run->evals; i++) fprintf(table_csv, ",%.6f,%.6f", row->score[i].value, row->score[i].error);
         fprintf(table_csv, ",%.1f\n", row->seconds);
     }
     fprintf(loss_csv, "pass,update,loss\n");
     for (size_t pass = 1, at = 0; at < run->updates; pass++)
         for (size_t t = 1, end = updates_before(run, pass + 1); at < min_size(end, run->updates); t++)
-            fprintf(loss_csv, "%s,%zu,%.6f\n", pass_label(run, pass, number), t, run->loss[at++]);
+            fprintf(loss_csv, "%s,%zu,%.6f\n", run->label[pass], t, run->loss[at++]);
     fclose(table_csv);
     fclose(loss_csv);
     for (int i = 0; i < 2; free(text[i++])) {
@@ -2683,7 +2661,7 @@ static void stop_if_asked(Run *run)
 
 static Score evaluate(Run *run, const char *label, const Data *data)
 {
-    double work = forward_work(&run->model, mean_length(data)), last = seconds();
+    double work = forward_work(&run->model, mean_length(data));
     Slot slot[SLOTS] = { 0 };
     size_t next = 0;
     uint32_t *token = integers(data->metric == NUMBER ? SLOTS * data->longest : 0);
@@ -2698,9 +2676,7 @@ static Score evaluate(Run *run, const char *label, const Data *data)
         e += n;
         run->done += work * (double)run->batch.all.n;
         stop_if_asked(run);
-        if (seconds() - last < 0.2) continue;
         progress(run, data->column, (double)e / (double)data->examples, -1, 0);
-        last = seconds();
     }
     free(token);
     free(text);
@@ -2760,15 +2736,14 @@ static void train_pass(Run *run, size_t pass, double density)
     size_t batch = (size_t)opt.batch, count = pass_examples(run, pass), before = updates_before(run, pass), tokens = 0;
     size_t updates = updates_before(run, pass + 1) - before;
     uint32_t *order = visit_order(&run->data, count, run->model.init.seed, pass);
-    double T = mean_length(&run->data), smooth = -1, begin = seconds(), last = begin;
+    double T = mean_length(&run->data), smooth = -1, begin = seconds();
     double work = training_work(&run->model, T, density);
-    char text[64], number[24];
-    const char *label = pass_label(run, pass, number);
+    char text[64];
     for (size_t t = run->updates - before + 1; t <= updates; t++) {
         size_t first = (t - 1) * batch, size = min_size(batch, count - first);
         double loss = loss_and_gradient(run, order + first, size);
         if (!isfinite(loss) || !model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown)))
-            die("%s, update %zu: %s is not finite. %s. %s/state.bin is as it was saved before", label, t,
+            die("%s, update %zu: %s is not finite. %s. %s/state.bin is as it was saved before", run->label[pass], t,
                 broken_tensor(run, text), run->updates ? "The steps were too large: start again with a smaller --lr or --alpha-lr"
                 : "Nothing is trained yet: the base has weights too large for these examples", opt.out);
         run->loss[run->updates++] = loss;
@@ -2785,9 +2760,7 @@ static void train_pass(Run *run, size_t pass, double density)
         }
         if (opt.save_every > 0 && now - run->saved >= opt.save_every) save(run);
         stop_if_asked(run);
-        if (now - last < 0.2) continue;
-        progress(run, label, (double)t / (double)updates, smooth, (double)tokens / (now - begin));
-        last = now;
+        progress(run, run->label[pass], (double)t / (double)updates, smooth, (double)tokens / (now - begin));
     }
     free(order);
 }
@@ -2801,8 +2774,8 @@ static void print_heading(const Run *run)
 
 static void print_row(const Run *run, const Row *row)
 {
-    char time[32], number[24];
-    printf("%-8s", pass_label(run, (size_t)(row - run->row), number));
+    char time[32];
+    printf("%-8s", run->label[row - run->row]);
     if (isnan(row->density)) printf(" %8s", "-");
     else printf(" %8.4f", row->density);
     if (isnan(row->kept)) printf(" %6s %8s", "-", "-");
@@ -2816,8 +2789,7 @@ static Row *add_row(Run *run, double density)
 {
     Row *row = &run->row[run->rows];
     *row = (Row){ .density = density, .kept = NAN, .flipped = NAN };
-    char number[24];
-    for (size_t i = 0; i < run->evals; i++) row->score[i] = evaluate(run, pass_label(run, run->rows, number), &run->eval[i]);
+    for (size_t i = 0; i < run->evals; i++) row->score[i] = evaluate(run, run->label[run->rows], &run->eval[i]);
     row->seconds = seconds() - run->start;
     run->rows++;
     clear_line(run);
@@ -2863,8 +2835,7 @@ static void draw_example(Run *run)
     printf("\n  read as %c, is %c\n", glyph(data, run->verdict[0].said), glyph(data, data_token(data, data->answer[0])));
 }
 
-// Makes the output folder, keeps the user from losing the run that it may hold, and keeps other runs out. The system lets go of the
-// lock when this process ends, however it ends.
+// Makes the output folder, keeps the run that it may hold, and keeps others out until this process ends, however it ends.
 static void take_folder(void)
 {
     char path[PATH_MAX];
@@ -2911,8 +2882,7 @@ static double number_in(const char *path, const char *key)
     return number;
 }
 
-// The bytes that there are for us: of the machine's free memory, ulimit -v and the limits of our cgroup (both versions) and of
-// those around it, the least. Infinity on a system that has none of these.
+// The least of free memory, ulimit -v and the limits (bytes; of either version) of our cgroup and those around it; or infinity.
 static double memory_available(void)
 {
     struct rlimit space;
@@ -2951,8 +2921,7 @@ static Largest largest_batch(const Run *run, size_t micro)
     return b;
 }
 
-// What the run needs, printed, and refused if it is not there, before any of it is allocated; then allocated. Also counts the
-// run's operations.
+// What the run needs, printed, refused if it is not there, and only then allocated. Also counts the run's operations.
 static void plan(Run *run)
 {
     Model *model = &run->model;
@@ -3004,6 +2973,10 @@ static void plan(Run *run)
     acts_alloc(model, batch, training);
     run->batch = batch_alloc(batch.N, batch.M, batch.K);
     run->row = allocate(run->passes + 1, sizeof(Row));
+    run->label = allocate(run->passes + 1, sizeof *run->label);
+    for (size_t p = 0; p < run->passes; p++) snprintf(run->label[p], sizeof *run->label, "%zu", p);
+    choice_word(run->label[run->passes], opt.method == METHOD_RIGSA ? "ticket" : METHODS, opt.method);
+    strcpy(run->label[0], *opt.ticket ? "ticket" : "base");
     run->loss = allocate(updates, sizeof(double));
 }
 
@@ -3020,8 +2993,7 @@ static void prepare_training(Model *model)
     }
 }
 
-// All passes, from the first or from where a saved run was: rounds of training and pruning, and one for the winning ticket. With
-// `full` there is one, and nothing to prune.
+// All passes, from the first or from where a saved run was: the rounds, each with its pruning, then the ticket's (or `full`).
 static void train(Run *run)
 {
     Model *model = &run->model;
