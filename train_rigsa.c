@@ -968,7 +968,6 @@ static void plain_gradient(Model *model, Tensor *t, const float *x, const float 
 
 static const Adapter PLAIN = { plain_weight, plain_gradient };
 
-// The key of the initial values of adapted matrix a.
 static uint64_t delta_key(const Model *model, size_t a) { return random_key(model->init.seed, STREAM_DELTA, a, model->init.draw); }
 
 // RIGSA: W = W0 + alpha * (mask . DeltaW), one pass over the matrix. Pruned entries rest at zero, where W is the pretrained
@@ -1146,19 +1145,12 @@ static void linear_backward(Model *model, float *dx, Tensor *t, const float *x, 
     model->adapter.gradient(model, t, x, dy, N);
 }
 
-// The chosen rows of from (N, C), next to each other; from itself when all are chosen.
+// The chosen rows of from (N, C), next to each other; from itself when all are chosen. It is an embedding's forward pass.
 static const float *gather(float *to, const float *from, const Rows *rows, size_t C)
 {
     if (!rows->row) return from;
-    for (size_t i = 0; i < rows->n; i++) memcpy(to + i * C, from + rows->row[i] * C, C * sizeof(float));
+    embedding_forward(to, from, rows->row, rows->n, C);
     return to;
-}
-
-// Its backward pass: to (N, C) += from, row by row.
-static void scatter(float *to, const float *from, const Rows *rows, size_t C)
-{
-    for (size_t i = 0; i < rows->n; i++)
-        for (size_t c = 0; c < C; c++) to[rows->row[i] * C + c] += from[i * C + c];
 }
 
 // The batch's keys (or values) x (N, n): where they are, or copied to their places in the cache (K, n).
@@ -1302,10 +1294,10 @@ static void model_backward(Model *model, const Batch *batch)
         linear_backward(model, acts->dxn, layer_tensor(model, l, WV), acts->xn, acts->dv, N, 1);
         if (rows->row) {                                    // the answer rows' gradients, back among those of all rows
             linear_backward(model, acts->dxm, layer_tensor(model, l, WQ), gather(acts->xm, acts->xn, rows, C), acts->dq, R, 0);
-            scatter(acts->dxn, acts->dxm, rows, C);
+            embedding_backward(acts->dxn, acts->dxm, rows->row, R, C);
             memcpy(acts->dxm, dx, R * C * sizeof(float));
             memset(dx, 0, N * C * sizeof(float));
-            scatter(dx, acts->dxm, rows, C);
+            embedding_backward(dx, acts->dxm, rows->row, R, C);
         } else linear_backward(model, acts->dxn, layer_tensor(model, l, WQ), acts->xn, acts->dq, N, 1);
         rmsnorm_backward(dx, norm1->grad, acts->dxn, a->x, norm1->value, a->rstd1, N, C);
     }
@@ -1362,7 +1354,6 @@ static void trained_arenas(Model *model, Tensor *first, Tensor *end)
     }
 }
 
-// The norm of all gradients together.
 static double gradient_norm(const Model *model)
 {
     double squares = 0, part[PARTS];
@@ -1857,7 +1848,6 @@ static void adapter_load(Model *model, const File *file)
     model->adapter = RIGSA;
 }
 
-// Gives the model the adapter of a ticket, for evaluation.
 static void ticket_load(Model *model, const char *path)
 {
     File file = file_open(path, "tick");
@@ -2201,11 +2191,11 @@ static double last_number(const char *text)
 static void print_details(FILE *f, const char *label, const Data *data, size_t e, const Verdict *verdict, const Slot *slot,
                           const char *text)
 {
-    const char *before = "\"tokens\": [";
     if (!f) return;
     fprintf(f, "{\"round\": \"%s\", \"column\": \"%s\", \"example\": %zu, \"exact\": %d, ", label, data->column, e, verdict->exact);
     if (!slot) { fprintf(f, "\"logp\": %.9g}\n", verdict->logp); return; }
-    for (size_t t = data->answer[e]; t < slot->n; t++, before = ", ") fprintf(f, "%s%u", before, slot->token[t]);
+    fprintf(f, "\"tokens\": [%u", slot->token[data->answer[e]]);
+    for (size_t t = data->answer[e] + 1; t < slot->n; t++) fprintf(f, ", %u", slot->token[t]);
     fprintf(f, "], \"text\": \"");
     for (; *text; text++) fprintf(f, (unsigned char)*text < ' ' || *text == '"' || *text == '\\' ? "\\u%04x" : "%c", *text);
     fprintf(f, "\"}\n");
@@ -2285,7 +2275,6 @@ static const Option table[] = {
     { "data", TEXT, &opt.data, "FILE", NANO "digits_train.bin", "training examples of the new task" },
     { "eval", LIST, opt.evals, "FILE", NANO "digits_test.bin " NANO "addition.bin " NANO "sizes.bin " NANO "packing.bin",
       "evaluation set; repeatable: the first is the target, the others what must not be forgotten" },
-    { "out", TEXT, &opt.out, "FOLDER", "out", "for the table, the settings and the ticket" },
     { "method", CHOICE, &opt.method, METHODS, "rigsa", "gated sparse adapter, full fine-tuning, or only evaluate" },
     { "ticket", TEXT, &opt.ticket, "FILE", "", "with --method eval: the base with this adapter" },
     { "details", TEXT, &opt.details, "FILE", "", "what the model makes of every question of every evaluation, as JSON lines" },
@@ -2307,12 +2296,14 @@ static const Option table[] = {
     { "survivors", CHOICE, &opt.survivors, "rewind|keep|redraw", "rewind", "back to initial values, kept, or drawn afresh" },
     { "threshold", CHOICE, &opt.threshold, "matrix|all", "matrix", "compare magnitudes within each matrix, or over all" },
     { "seed", COUNT, &opt.seed, "0 to 9e15", "1", "of DeltaW and of the order of the data" },
+    MORE_OPTIONS
+    { "out", TEXT, &opt.out, "FOLDER", "out", "for the table, the settings and the ticket" },
     { "save-every", REAL, &opt.save_every, "0 to 1e9", "300", "seconds between saves of the run; 0: only after each round" },
     { "resume", FLAG, &opt.resume, "", "", "go on with the run that the output folder holds, with its settings" },
     { "overwrite", FLAG, &opt.overwrite, "", "", "replace the run that the output folder holds" },
-    MORE_OPTIONS
 };
 enum { OPTIONS = sizeof table / sizeof *table };
+enum { SETTINGS = OPTIONS - 4 };            // of a run: not the last four, it may go on in another folder and be saved more often
 static int given[OPTIONS];                  // how often the user named it
 
 static void usage(void)
@@ -2338,7 +2329,6 @@ static double parse_number(const Option *o, const char *text)
     return number;
 }
 
-// Appends to a list of at most MAX_EVALS.
 static void list_add(const Option *o, char **list, char *text)
 {
     size_t n = 0;
@@ -2366,7 +2356,6 @@ static int option_find(const char *name)
     return -1;
 }
 
-// A file of the output folder.
 static char *output_path(const char *name, char path[PATH_MAX])
 {
     if (snprintf(path, PATH_MAX, "%s/%s", opt.out, name) >= PATH_MAX) die("--out: too long a path");
@@ -2381,20 +2370,14 @@ static void option_read(const Option *o, char *text)
     for (char *word; (word = strsep(&text, " ")); ) list_add(o, o->where, word);
 }
 
-// A run may go on in another folder, and be saved more often: those are not settings of it.
-static int is_setting(const Option *o)
-{
-    return o->where != &opt.out && o->where != &opt.save_every && o->where != &opt.resume && o->where != &opt.overwrite;
-}
-
 // One `name value` a line: what is printed at the start and saved with the run and with its ticket.
 static char *settings_text(void)
 {
     char *text;
     size_t size;
     FILE *to = open_memstream(&text, &size);
-    for (const Option *o = table; o < table + OPTIONS; o++) {
-        if (!is_setting(o) || (o->type == TEXT && !**(char **)o->where)) continue;
+    for (const Option *o = table; o < table + SETTINGS; o++) {
+        if (o->type == TEXT && !**(char **)o->where) continue;
         char word[24] = "";
         fprintf(to, "%-16s", o->name);
         if (o->type == TEXT) fprintf(to, " %s", *(char **)o->where);
@@ -2422,7 +2405,7 @@ static char *settings_resume(void)
     file_close(&file);
     for (char *line; (line = strsep(&lines, "\n")) && *line; ) {
         int found = option_find(strsep(&line, " "));
-        if (found < 0 || !line || !is_setting(&table[found])) die("%s: damaged section `settings`; %s", path, mend("stat"));
+        if (found < 0 || found >= SETTINGS || !line) die("%s: damaged section `settings`; %s", path, mend("stat"));
         if (!given[found]++) option_read(&table[found], line + strspn(line, " "));
     }
     return saved;
@@ -2480,7 +2463,6 @@ typedef struct {
     double seconds;                     // since the start
 } Row;
 
-// Everything that a run holds.
 typedef struct {
     Model model;
     Data data, eval[MAX_EVALS];
@@ -2500,8 +2482,9 @@ typedef struct {
     FILE *details;                      // JSON lines, or NULL
 } Run;
 
-static const char *duration(double s, char text[32])
+static const char *duration(double s)
 {
+    static char text[32];
     if (s < 120) snprintf(text, 32, "%.0f s", s);
     else if (s < 7200) snprintf(text, 32, "%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
     else snprintf(text, 32, "%.0f h %02.0f min", floor(s / 3600), floor(fmod(s, 3600) / 60));
@@ -2523,13 +2506,12 @@ static double training_work(const Model *model, double T, double density) { retu
 // The line at the bottom of a terminal, five times a second at most; a pipe does not see it.
 static void progress(Run *run, const char *what, double part, double loss, double tokens_per_second)
 {
-    char left[32];
     double now = seconds(), elapsed = now - run->start;
     if (!run->terminal || now - run->shown < 0.2) return;
     run->shown = now;
     printf("\r\033[K  %-8s %3.0f %%", what, 100 * part);
     if (loss >= 0) printf("   loss %.4f   %.0f tokens/s", loss, tokens_per_second);
-    if (run->done > 0) printf("   %s left", duration(elapsed * (run->work - run->done) / run->done, left));
+    if (run->done > 0) printf("   %s left", duration(elapsed * (run->work - run->done) / run->done));
     fflush(stdout);
 }
 
@@ -2608,7 +2590,6 @@ static int save(Run *run)
     return error;
 }
 
-// Goes back to where the run was saved.
 static void state_load(Run *run, const char *path)
 {
     Model *model = &run->model;
@@ -2752,10 +2733,9 @@ static void train_pass(Run *run, size_t pass, double density)
         run->done += work * T * (double)size;
         double now = seconds();
         if (!run->forecast && now - begin > 2) {
-            char whole[32];
             clear_line(run);
             printf("forecast: %s for the whole run, at %.0f tokens/s\n",
-                   duration((now - run->start) * run->work / run->done, whole), (double)tokens / (now - begin));
+                   duration((now - run->start) * run->work / run->done), (double)tokens / (now - begin));
             run->forecast = 1;
         }
         if (opt.save_every > 0 && now - run->saved >= opt.save_every) save(run);
@@ -2774,14 +2754,13 @@ static void print_heading(const Run *run)
 
 static void print_row(const Run *run, const Row *row)
 {
-    char time[32];
     printf("%-8s", run->label[row - run->row]);
     if (isnan(row->density)) printf(" %8s", "-");
     else printf(" %8.4f", row->density);
     if (isnan(row->kept)) printf(" %6s %8s", "-", "-");
     else printf(" %6.3f %8.3f", row->kept, row->flipped);
     for (size_t i = 0; i < run->evals; i++) printf("  %.4f +-%.4f", row->score[i].value, row->score[i].error);
-    printf(" %9s\n", duration(row->seconds, time));
+    printf(" %9s\n", duration(row->seconds));
 }
 
 // Evaluates the model as it is and adds the row to the table.

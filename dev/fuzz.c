@@ -82,7 +82,7 @@ __attribute__((noreturn)) static void our_exit(void) { longjmp(refused, 1); }
 
 static const Config CONFIG = {
     .C = 4, .F = 6, .L = 1, .H = 2, .KV = 1, .D = 2, .V = 8, .context = 16, .tied = 1, .theta = 1e4f, .eps = 1e-5f };
-#define SETTINGS "batch            2\n"
+#define SAVED "batch            2\n"
 static unsigned long executions, accepted, structured;
 
 #define REQUIRE(condition) do { if (!(condition)) __builtin_trap(); } while (0)
@@ -157,7 +157,7 @@ static void use_state(void)
     make_run(&run);
     memset(given, 0, sizeof given);
     char *saved = settings_resume();
-    settings_agree(strdup(SETTINGS), saved);
+    settings_agree(strdup(SAVED), saved);
     make_run(&run);
     if (memmem(input, input_size, "weights", 7)) opt.method = METHOD_FULL;
     run.passes = opt.method == METHOD_FULL ? 1 : run.passes;
@@ -244,7 +244,7 @@ static void write_seeds(const char *folder)
 {
     static Run run;
     char path[PATH_MAX];
-    const char *settings = SETTINGS;
+    const char *settings = SAVED;
     const uint32_t vocab[] = { 8, 4 }, length[] = { 4, 3, 3 }, answer[] = { 2, 2, 1 }, token[] = { 1, 2, 3, 4, 5, 6, 7, 0, 1, 2 };
     const uint32_t choices[] = { 3 }, gold[] = { 1 }, chars[] = { 4, 5, 6 }, glyphs[] = { 1, '1' };
     for (int i = 0; i < 8; i++) {
