@@ -897,20 +897,20 @@ static int descending(const void *a, const void *b)
 
 static void test_selection(void)
 {
-    float sorted[40], moved[40];
+    float sorted[40], mixed[40];
     int wrong = 0;
     for (size_t n = 1; n <= 40; n++)
         for (size_t values = 1; values <= 81; values *= 3)              // 1: all tied
             for (size_t k = 1; k <= n; k++) {
-                for (size_t i = 0; i < n; i++) sorted[i] = moved[i] = (float)(mix(n * 1000 + k * 40 + i) % values);
+                for (size_t i = 0; i < n; i++) sorted[i] = (float)(mix(n * 1000 + k * 40 + i) % values), mixed[i] = i % 2 ? -sorted[i] : sorted[i];
                 qsort(sorted, n, sizeof(float), descending);
-                wrong += kth_largest(moved, n, k) != sorted[k - 1];
+                wrong += kth_largest(mixed, n, k) != sorted[k - 1];
             }
-    check_number("k-th largest of up to 40", wrong, 0);
-    Cut cut = cut_magnitudes((float[]){ 3, 1, 2, 2, 2, 5, 2 }, 7, 0.6);
+    check_number("k-th largest magnitude of up to 40", wrong, 0);
+    Cut cut = cut_magnitudes((float[]){ 3, 1, -2, 2, 0, -2, 5, 2 }, 8, 7, 0.6);
     const double found[] = { (double)cut.kept, (double)cut.ties, cut.threshold };
     check_same("cut", found, (double[]){ 4, 2, 2 }, sizeof found);      // floor(4.2 + 0.5) stay: 5, 3, two of the 2s
-    check_number("cut of nothing", (double)cut_magnitudes((float[]){ 1 }, 0, 0.8).kept, 0);
+    check_number("cut of nothing", (double)cut_magnitudes((float[]){ 1 }, 0, 0, 0.8).kept, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -1415,34 +1415,28 @@ typedef struct { size_t kept, ties; float threshold; } Cut;     // how many stay
 
 static int sign_kept(float value, float start) { return value != 0 && (value > 0) == (start > 0); }
 
-// The k-th largest of a (n), 1 <= k <= n; a is reordered (Hoare's selection).
-static float kth_largest(float *a, size_t n, size_t k)
+// The k-th largest magnitude in a (n), 1 <= k <= n, bit by bit from the top: magnitudes are in the order of their bits.
+static float kth_largest(const float *a, size_t n, size_t k)
 {
-    size_t low = 0, high = n - 1, at = k - 1;
-    while (low < high) {
-        float pivot = a[low + (high - low) / 2];
-        size_t i = low, j = high;
-        for (;;) {
-            while (a[i] > pivot) i++;
-            while (a[j] < pivot) j--;
-            if (i >= j) break;
-            float swap = a[i];
-            a[i++] = a[j];
-            a[j--] = swap;
-        }
-        if (at <= j) high = j;              // everything up to j is >= pivot, everything after it is <= pivot
-        else low = j + 1;
+    union { uint32_t bits; float value; } found = { 0 };
+    for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
+        size_t above = 0;
+        found.bits |= bit;
+        #pragma omp parallel for simd reduction(+:above)
+        for (size_t i = 0; i < n; i++) above += fabsf(a[i]) >= found.value;
+        if (above < k) found.bits ^= bit;
     }
-    return a[at];
+    return found.value;
 }
 
-static Cut cut_magnitudes(float *magnitude, size_t n, double keep)
+// Of a (n) the share `keep` of the candidates, the entries that are not zero.
+static Cut cut_magnitudes(const float *a, size_t n, size_t candidates, double keep)
 {
-    Cut cut = { .kept = (size_t)floor(keep * (double)n + 0.5), .threshold = INFINITY };
+    Cut cut = { .kept = (size_t)floor(keep * (double)candidates + 0.5), .threshold = INFINITY };
     if (cut.kept == 0) return cut;
-    cut.threshold = kth_largest(magnitude, n, cut.kept);
+    cut.threshold = kth_largest(a, n, cut.kept);
     cut.ties = cut.kept;
-    for (size_t i = 0; i < n; i++) cut.ties -= magnitude[i] > cut.threshold;
+    for (size_t i = 0; i < n; i++) cut.ties -= fabsf(a[i]) > cut.threshold;
     return cut;
 }
 
@@ -1459,24 +1453,25 @@ static void rewind_adapter(Model *model)
 }
 
 // One round of pruning: fills pruned (matrices), shrinks what is stored to the survivors, zeroes gradients and moments, and
-// sends the survivors where `survivors` says. The magnitudes to select from borrow the gradients' memory, which are done with.
+// sends the survivors where `survivors` says. What has flipped becomes zero, and is below every threshold.
 static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors survivors)
 {
     size_t count = matrices(model), candidates = 0, kept = 0;
-    float *magnitude = delta_tensor(model, 0)->grad;
     Cut *cut = allocate(count, sizeof(Cut));
     for (size_t a = 0; a < count; a++) {
         Tensor *delta = delta_tensor(model, a);
         uint64_t key = delta_key(model, a);
-        pruned[a] = (Pruned){ .entries = delta->n };
-        if (over == THRESHOLD_MATRIX) candidates = 0;
+        size_t flipped = 0;
+        #pragma omp parallel for reduction(+:flipped)
         for (size_t k = 0; k < delta->n; k++)
-            if (sign_kept(delta->value[k], normal(key, delta->index ? delta->index[k] : k, model->init.sigma)))
-                magnitude[candidates++] = fabsf(delta->value[k]);
-            else delta->value[k] = 0, pruned[a].flipped++;                  // zero is below every threshold
-        if (over == THRESHOLD_MATRIX) kept += (cut[a] = cut_magnitudes(magnitude, candidates, keep)).kept;
+            if (!sign_kept(delta->value[k], normal(key, delta->index ? delta->index[k] : k, model->init.sigma)))
+                delta->value[k] = 0, flipped++;
+        pruned[a] = (Pruned){ .entries = delta->n, .flipped = flipped };
+        candidates += delta->n - flipped;
+        if (over == THRESHOLD_MATRIX) kept += (cut[a] = cut_magnitudes(delta->value, delta->n, delta->n - flipped, keep)).kept;
     }
-    if (over == THRESHOLD_ALL) kept = (cut[0] = cut_magnitudes(magnitude, candidates, keep)).kept;
+    if (over == THRESHOLD_ALL)
+        kept = (cut[0] = cut_magnitudes(delta_tensor(model, 0)->value, adapter_entries(model), candidates, keep)).kept;
 
     free_moments(model);
     uint32_t *index = allocate(kept, sizeof(uint32_t));

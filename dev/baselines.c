@@ -318,23 +318,21 @@ static void mask_random(Model *model, double density)
 static void mask_largest(Model *model, const float *score, double density, Threshold over)
 {
     size_t all = adapted_weights(model), at = 0;
-    float *copy = memcpy(floats(all), score, all * sizeof(float));      // cut_magnitudes reorders it
     Cut cut = { 0 };
     free(model->index_arena);
     model->index_arena = integers(share(density, all));
-    if (over == THRESHOLD_ALL) cut = cut_magnitudes(copy, all, (double)share(density, all) / (double)all);
+    if (over == THRESHOLD_ALL) cut = cut_magnitudes(score, all, all, (double)share(density, all) / (double)all);
     for (size_t a = 0; a < matrices(model); a++) {
         size_t size = matrix_size(model, a), n = 0;
-        if (over == THRESHOLD_MATRIX) cut = cut_magnitudes(copy, size, (double)share(density, size) / (double)size);
+        if (over == THRESHOLD_MATRIX) cut = cut_magnitudes(score, size, size, (double)share(density, size) / (double)size);
         for (size_t i = 0; i < size; i++) {
             if (!(score[i] > cut.threshold || (score[i] == cut.threshold && cut.ties > 0))) continue;
             if (score[i] == cut.threshold) cut.ties--;
             model->index_arena[at + n++] = (uint32_t)i;
         }
         at = set_index(model, a, at, n);
-        score += size, copy += size;
+        score += size;
     }
-    free(copy - all);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
