@@ -408,9 +408,8 @@ enum { LANES = 4, MR = 6, NV = 2 };
 #define LOW_HALVES 0, 4, 1, 5
 #define HIGH_HALVES 2, 6, 3, 7
 #endif
-// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them: a
-// slice of b, KC x NC, which all threads share and which stays in L3, and per thread a block of a, MC x KC, in L2. A long KC
-// saves passes over c, and a tile still finds its panel of b, KC x NR, in L2.
+// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them: a slice of
+// b, KC x NC, which all threads share and which stays in L3, and per thread a block of a, MC x KC, which stays in L2.
 enum { NR = NV * LANES, KC = 576, MC = 96, NC = 32 * NR };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
@@ -579,9 +578,8 @@ static void matmul_pack(float *to, const float *from, size_t across, size_t alon
             }
 }
 
-// For few rows of a, packing b would cost more than the product. Where b lies column by column (W^T of a linear layer, the keys
-// of attention) it is read once, as fast as memory gives it: NV columns meet MR rows at a time, lane by lane along k. Where a row
-// or column is missing, the last one is computed again.
+// For few rows of a, packing b would cost more than the product. Where b lies column by column (W^T, the keys of attention) it is
+// read once: NV columns meet MR rows at a time, lane by lane along k. For a missing row or column the last is computed again.
 enum { FEW_ROWS = 3 * MR };
 
 static void matmul_few(float *c, size_t ldc, const float *a, size_t a_row, const float *b, size_t b_col,
@@ -2240,7 +2238,7 @@ enum { MAX_EVALS = 16 };
 enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL };
 
 typedef struct {
-    char *base, *data, *evals[MAX_EVALS], *out, *ticket, *details;
+    char *base, *data, *evals[MAX_EVALS + 1], *out, *ticket, *details;
     int method, rest, survivors, threshold, precision, recompute, resume, overwrite;
     double examples, ticket_examples, rounds, batch, micro, seed;
     double lr, alpha_lr, sigma, weight_decay, keep, warmup, cooldown, save_every;
@@ -2324,19 +2322,16 @@ static double parse_number(const Option *o, const char *text)
     return number;
 }
 
-static void list_add(const Option *o, char **list, char *text)
-{
-    size_t n = 0;
-    while (n < MAX_EVALS && list[n]) n++;
-    if (n == MAX_EVALS) die("--%s: at most %d of them", o->name, MAX_EVALS);
-    list[n] = text;
-}
-
-static void option_set(const Option *o, char *text)
+// Of a list, the n-th from 0 is set, and ends it.
+static void option_set(const Option *o, char *text, int n)
 {
     switch (o->type) {
     case TEXT: *(char **)o->where = text; break;
-    case LIST: list_add(o, o->where, text); break;
+    case LIST:
+        if (n == MAX_EVALS) die("--%s: at most %d of them", o->name, MAX_EVALS);
+        ((char **)o->where)[n] = text;
+        ((char **)o->where)[n + 1] = NULL;
+        break;
     case COUNT: case REAL: *(double *)o->where = parse_number(o, text); break;
     case FLAG: *(int *)o->where = !text || !strcmp(text, "yes"); break;
     case CHOICE:
@@ -2360,9 +2355,9 @@ static char *output_path(const char *name, char path[PATH_MAX])
 // A default, or what a saved run had. A list is words.
 static void option_read(const Option *o, char *text)
 {
-    if (o->type != LIST) { option_set(o, text); return; }
-    memset(o->where, 0, MAX_EVALS * sizeof(char *));
-    for (char *word; (word = strsep(&text, " ")); ) list_add(o, o->where, word);
+    if (o->type != LIST) { option_set(o, text, 0); return; }
+    int n = 0;
+    for (char *word; (word = strsep(&text, " ")); ) option_set(o, word, n++);
 }
 
 // One `name value` a line: what is printed at the start and saved with the run and with its ticket.
@@ -2376,7 +2371,7 @@ static char *settings_text(void)
         char word[24] = "";
         fprintf(to, "%-16s", o->name);
         if (o->type == TEXT) fprintf(to, " %s", *(char **)o->where);
-        if (o->type == LIST) for (char **e = o->where; e < (char **)o->where + MAX_EVALS && *e; e++) fprintf(to, " %s", *e);
+        if (o->type == LIST) for (char **e = o->where; *e; e++) fprintf(to, " %s", *e);
         if (o->type == FLAG) choice_word(word, "no|yes", *(int *)o->where);
         if (o->type == CHOICE) choice_word(word, o->range, *(int *)o->where);
         if (o->type == COUNT || o->type == REAL) {
@@ -2427,9 +2422,8 @@ static void parse_options(int argc, char **argv)
         if (found < 0) die("unknown option `%s`; ./train_rigsa --help lists them all", argv[i]);
         const Option *o = &table[found];
         if (given[found] && o->type != LIST) die("--%s is given twice", o->name);
-        if (!given[found]++ && o->type == LIST) memset(o->where, 0, MAX_EVALS * sizeof(char *));     // no more defaults
         if (o->type != FLAG && i + 1 == argc) die("--%s needs a value: %s", o->name, o->range);
-        option_set(o, o->type == FLAG ? NULL : argv[++i]);
+        option_set(o, o->type == FLAG ? NULL : argv[++i], given[found]++);
     }
     if (opt.resume && opt.overwrite) die("--resume goes on with the run that --overwrite would replace");
     char *saved = opt.resume ? settings_resume() : NULL;
@@ -2829,7 +2823,7 @@ static void load_data(Run *run)
     if (opt.method != METHOD_EVAL) run->data = data_open(opt.data);
     if (run->data.V && run->data.V != V) die("%s has a vocabulary of %u, %s of %u", opt.data, run->data.V, base, V);
     run->hash[1] = hash64(run->data.file.bytes, run->data.file.length);
-    for (; run->evals < MAX_EVALS && opt.evals[run->evals]; run->evals++) {
+    for (; opt.evals[run->evals]; run->evals++) {
         const char *path = opt.evals[run->evals];
         Data *eval = &run->eval[run->evals];
         *eval = data_open(path);

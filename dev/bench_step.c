@@ -129,11 +129,11 @@ static const Option options[] = {
 
 static void read_options(int argc, char **argv)
 {
-    for (size_t i = 0; i < COUNT_OF(options); i++) option_set(&options[i], strdup(options[i].start));
+    for (size_t i = 0; i < COUNT_OF(options); i++) option_set(&options[i], strdup(options[i].start), 0);
     for (int i = 1; i < argc; i += 2) {
         size_t o = 0;
         while (o < COUNT_OF(options) && (strncmp(argv[i], "--", 2) || strcmp(options[o].name, argv[i] + 2))) o++;
-        if (o < COUNT_OF(options) && i + 1 < argc) { option_set(&options[o], argv[i + 1]); continue; }
+        if (o < COUNT_OF(options) && i + 1 < argc) { option_set(&options[o], argv[i + 1], 0); continue; }
         printf("Times a training step of a random model.\n\n");
         for (const Option *p = options; p < options + COUNT_OF(options); p++)
             printf("  --%s %s\n        %s (default %s)\n", p->name, p->range, p->help, p->start);
