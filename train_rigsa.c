@@ -1316,14 +1316,13 @@ static const double CLIP = 1;
 
 static void adamw(float *w, const float *dw, float *m, float *v, size_t n, float lr, float decay, float clip, size_t t)
 {
-    const float b1 = BETA1, b2 = BETA2;
     const float step = (float)(lr / (1 - pow(BETA1, (double)t))), root = (float)(1 / sqrt(1 - pow(BETA2, (double)t)));
     const float shrink = 1.0f - lr * decay;
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) {
         float g = clip * dw[i];
-        m[i] = b1 * m[i] + (1 - b1) * g;
-        v[i] = b2 * v[i] + (1 - b2) * g * g;
+        m[i] = BETA1 * m[i] + (1 - BETA1) * g;
+        v[i] = BETA2 * v[i] + (1 - BETA2) * g * g;
         w[i] = w[i] * shrink - step * m[i] / (sqrtf(v[i]) * root + ADAM_EPS);
     }
 }
@@ -2734,13 +2733,6 @@ static void train_pass(Run *run, size_t pass, double density)
     free(order);
 }
 
-static void print_heading(const Run *run)
-{
-    printf("\n%-8s %8s %6s %8s", "round", "density", "kept", "flipped");
-    for (size_t i = 0; i < run->evals; i++) printf(" %15.15s", run->eval[i].column);
-    printf(" %9s\n", "time");
-}
-
 static void print_row(const Run *run, const Row *row)
 {
     printf("%-8s", run->label[row - run->row]);
@@ -2750,6 +2742,15 @@ static void print_row(const Run *run, const Row *row)
     else printf(" %6.3f %8.3f", row->kept, row->flipped);
     for (size_t i = 0; i < run->evals; i++) printf("  %.4f +-%.4f", row->score[i].value, row->score[i].error);
     printf(" %9s\n", duration(row->seconds));
+}
+
+// The rows so far, under their heading.
+static void print_table(const Run *run)
+{
+    printf("\n%-8s %8s %6s %8s", "round", "density", "kept", "flipped");
+    for (size_t i = 0; i < run->evals; i++) printf(" %15.15s", run->eval[i].column);
+    printf(" %9s\n", "time");
+    for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
 }
 
 // Evaluates the model as it is and adds the row to the table.
@@ -2975,7 +2976,7 @@ static void train(Run *run)
     signal(SIGXFSZ, SIG_IGN);                               // a file beyond ulimit -f is an error of write(), like a full disk
     if (opt.resume) {
         state_load(run, output_path("state.bin", path));
-        for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
+        print_table(run);
         printf("resumed after update %zu of %zu\n", run->updates, updates_before(run, run->passes + 1));
     } else must_write(path, state_save(run, output_path("state.bin", path)));   // is the disk too small? Better known at once
     Section text = { "text", run->settings, strlen(run->settings) };
@@ -3017,14 +3018,10 @@ static void run_whole(Run *run, int argc, char **argv)
     base_read(model, &base, opt.method == METHOD_FULL);
     run->hash[0] = model->base.hash;
     if (*opt.ticket) ticket_load(model, opt.ticket), merge(model);
-    print_heading(run);
-    if (!opt.resume) print_row(run, add_row(run, NAN));
+    if (!opt.resume) print_table(run), print_row(run, add_row(run, NAN));
     if (opt.method == METHOD_RIGSA || opt.method == METHOD_FULL) train(run);
     if (run_more) run_more(run);
-    if (run->passes > 1) {
-        print_heading(run);
-        for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
-    }
+    if (run->passes > 1) print_table(run);
     draw_example(run);
     if (opt.method != METHOD_RIGSA) return;
     size_t n = adapter_entries(model);
