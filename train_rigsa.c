@@ -665,8 +665,7 @@ static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size
         }
 }
 
-// Threads share the rows of c and never a sum, so that the result has the same bits for any number of them. Called by one thread
-// among others (attention does), it works alone.
+// Threads share rows of c and never a sum: the same bits for any number of them. A thread among others (attention's) works alone.
 static void matmul(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
                    const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
 {
@@ -3036,11 +3035,7 @@ static void spin_briefly(char **argv)
 {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "20000", 1);
-    char self[PATH_MAX];                                // where there is no /proc, go on as the library likes
-    ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
-    if (length < 0) return;
-    self[length] = 0;
-    execv(self, argv);
+    execvp(argv[0], argv);                              // if that is not to be, go on as the library likes
 }
 
 int main(int argc, char **argv)
