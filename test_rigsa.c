@@ -755,18 +755,6 @@ static void test_precision_and_recompute(void)
 // Numbers: matmul, exponential, hash, generator, selection
 
 // Whole numbers up to 8, so that every sum is exact, in any order and in bfloat16 too. What lies between the rows of c stays.
-// What matmul() must equal.
-static void matmul_naive(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
-                         const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
-{
-    for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++) {
-            float sum = 0;
-            for (size_t k = 0; k < K; k++) sum += a[i * a_row + k * a_col] * b[k * b_row + j * b_col];
-            c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
-        }
-}
-
 static void test_matmul(void)
 {
     static const size_t sizes[][3] = {

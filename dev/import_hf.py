@@ -64,7 +64,11 @@ class Ticket:
         self.gates = numbers("gates", "<f4", len(matrices))
         entries = numbers("entries", "<u8", len(matrices)).tolist()
         ends = np.cumsum(entries)[:-1]
-        self.index = np.split(numbers("index", "<u4", sum(entries)), ends)
+        sizes = [math.prod(shape) for _, shape in matrices]
+        if "index" in sections or entries != sizes:
+            self.index = np.split(numbers("index", "<u4", sum(entries)), ends)
+        else:  # never pruned
+            self.index = [np.arange(size, dtype="<u4") for size in sizes]
         self.values = np.split(numbers("values", "<f4", sum(entries)), ends)
         self.seed, self.draw, self.rest, self.sigma = INIT.unpack(numbers("init", "u1", INIT.size).tobytes())
         self.number = {name: number for number, (name, _) in enumerate(matrices)}
