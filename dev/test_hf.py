@@ -94,11 +94,12 @@ def difference(got, expected):
 
 
 def write_ticket(path, base, density=0.1, rest=0):
-    """A random ticket for the base file, one matrix empty. At `rest` 1 pruned entries keep their initial values."""
+    """A random ticket for the base file, one matrix empty, or never pruned at density 1. At `rest` 1 pruned entries keep their
+    initial values."""
     sections = rigsa_file.read_file(base, "base")
     shapes = rigsa_file.adapted_shapes(rigsa_file.unpack_config(sections["config"]))
     rng = np.random.default_rng(2)
-    index = [np.flatnonzero(rng.random(rows * cols) < density * (number != 3)).astype("<u4")
+    index = [np.flatnonzero(rng.random(rows * cols) < density * (density == 1 or number != 3)).astype("<u4")
              for number, (_, (rows, cols)) in enumerate(shapes)]
     values = rng.standard_normal(sum(map(len, index))).astype("<f4")
     gates = (rng.choice([-1, 1], len(shapes)) * rng.uniform(0.1, 0.2, len(shapes))).astype("<f4")
@@ -107,9 +108,8 @@ def write_ticket(path, base, density=0.1, rest=0):
         ("init", struct.pack("<QIIf", 2511_01794, 3, rest, 0.3)),
         ("gates", gates.tobytes()),
         ("entries", struct.pack(f"<{len(index)}Q", *map(len, index))),
-        ("index", np.concatenate(index).tobytes()),
         ("values", values.tobytes()),
-    ])
+    ] + [("index", np.concatenate(index).tobytes())] * (density < 1))
 
 
 def run(module, *args):
@@ -378,6 +378,10 @@ class Merge(Folder):
             for rest in (0, 1):
                 with self.subTest(seed=seed, rest=rest):
                     self.check_merged(random_model(random_config(seed)), "10KB" if seed % 3 else "1GB", rest=rest)
+
+    def test_dense(self):
+        """A ticket that was never pruned has no index."""
+        self.check_merged(random_model(random_config(4)), density=1)
 
     def test_bases_of_other_types(self):
         """Whether the base was exported as its checkpoint is stored, wider, or rounded: its hash tells."""
