@@ -1040,7 +1040,7 @@ static void transpose_lanes(float *to, const float *from, size_t stride, size_t 
 
 // dw[k] += dy_o . x_i for one row o of dy^T, which stays in registers, and the columns i of its entries, index[k] = o I + i.
 static inline __attribute__((always_inline))
-void sampled_row(float *dw, const float *dy_o, const float *x_t, const uint32_t *index, size_t row_start, size_t n, Precision of)
+void sampled_row(float *dw, const vec *dy_o, const float *x_t, const uint32_t *index, size_t row_start, size_t n, Precision of)
 {
     typedef float quad __attribute__((vector_size(16)));
     vec dy[SPAN / LANES];
@@ -1057,7 +1057,7 @@ void sampled_row(float *dw, const float *dy_o, const float *x_t, const uint32_t 
 
 // dw[k] = entry index[k] of dy^T x: only the survivors are differentiated, each a dot product of two rows of the transposes.
 // x_t is scratch for x^T (I rounded up to LANES, SPAN), which all threads fill and read; of dy^T each thread makes
-// LANES rows at a time; its share is whole blocks of rows, with about as many entries as the others'.
+// LANES rows at a time, where it needs them; its share is whole blocks of rows, about as many entries as the others'.
 static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *x_t, size_t N)
 {
     size_t O = delta->rows, I = delta->cols;
@@ -1074,14 +1074,15 @@ static void sampled_product(float *dw, const Tensor *delta, const float *x, cons
             rows = min_size(N - n, steps_per_lane() * SPAN);
             #pragma omp for
             for (size_t i = 0; i < I; i += LANES) transpose_lanes(x_t + i * SPAN, x + n * I + i, I, rows, I - i);
-            for (size_t o = o_first, end = first; o < o_end; o++) {
-                vec dy_t[SPAN];                          // (LANES, SPAN)
-                const float *dy_o = (const float *)dy_t + o % LANES * SPAN;
-                size_t k = end;
-                if (o % LANES == 0) transpose_lanes((float *)dy_t, dy + n * O + o, O, rows, O - o);
-                while (end < delta->n && index[end] < (o + 1) * I) end++;
-                if (precision == FP32) sampled_row(dw + k, dy_o, x_t, index + k, o * I, end - k, FP32);
-                else                   sampled_row(dw + k, dy_o, x_t, index + k, o * I, end - k, BF16);
+            for (size_t o0 = o_first, end = first; o0 < o_end; o0 += LANES) {
+                vec dy_t[LANES][SPAN / LANES];
+                transpose_lanes((float *)dy_t, dy + n * O + o0, O, rows, O - o0);
+                for (size_t o = o0; o < min_size(O, o0 + LANES); o++) {
+                    size_t k = end;
+                    while (end < delta->n && index[end] < (o + 1) * I) end++;
+                    if (precision == FP32) sampled_row(dw + k, dy_t[o - o0], x_t, index + k, o * I, end - k, FP32);
+                    else                   sampled_row(dw + k, dy_t[o - o0], x_t, index + k, o * I, end - k, BF16);
+                }
             }
             #pragma omp barrier
         }
