@@ -592,12 +592,14 @@ static void matmul_pack(float *to, const float *from, size_t across, size_t alon
 
 // For few rows of a, packing b would cost more than the product. Where b lies column by column (W^T, the keys of attention) it is
 // read once: NV columns meet MR rows at a time, lane by lane along k. For a missing row or column the last is computed again.
-enum { FEW_ROWS = 3 * MR };
+// The next columns are fetched meanwhile, into L1 if they fit beside rows and columns (24 of 32 KB), otherwise into L2.
+enum { FEW_ROWS = 3 * MR, NEAR_FLOATS = 3 << 11 };
 
 static void matmul_few(float *c, size_t ldc, const float *a, size_t a_row, const float *b, size_t b_col,
                        size_t M, size_t first, size_t end, size_t K, int add)
 {
     size_t whole = K / LANES * LANES;
+    int near = (M + 2 * NV) * K <= NEAR_FLOATS;
     for (size_t j = first; j < end; j += NV)
         for (size_t i = 0; i < M; i += MR) {
             const float *a_r[MR], *b_v[NV];
@@ -607,7 +609,10 @@ static void matmul_few(float *c, size_t ldc, const float *a, size_t a_row, const
             for (size_t v = 0; v < NV; v++) b_v[v] = b + min_size(j + v, end - 1) * b_col;
             for (size_t k = 0; k < whole; k += LANES) {
                 #pragma GCC unroll 4
-                for (size_t v = 0; v < NV; v++) __builtin_prefetch(b_v[0] + NV * (b_col + k) + v * LANES);
+                for (size_t v = 0; v < NV; v++) {
+                    const float *next = b_v[0] + NV * (b_col + k) + v * LANES;
+                    if (near) __builtin_prefetch(next); else __builtin_prefetch(next, 0, 2);
+                }
                 #pragma GCC unroll 8
                 for (int r = 0; r < MR; r++) {
                     vec a_k = *(const vec *)(a_r[r] + k);

@@ -29,6 +29,7 @@ from transformers.utils import logging
 import export_hf
 import export_stories
 import import_hf
+import random_base
 import rigsa_file
 import test_prepro
 from dump_reference import transformers_model
@@ -145,6 +146,13 @@ class Folder(test_prepro.Folder):
         subprocess.run([os.path.join(TOP, "test_rigsa"), "--logits", base, data, out, *ticket], check=True)
         return np.fromfile(out, dtype="<f4").reshape(-1, vocab)
 
+    def evaluation(self, base):
+        """An evaluation set for the base file."""
+        vocab = rigsa_file.unpack_config(rigsa_file.read_file(base, "base")["config"])["vocab"]
+        sections = rigsa_file.data_sections(vocab, examples(vocab), None, "column", "exact")
+        rigsa_file.write_file(self.path("test.bin"), "data", sections)
+        return self.path("test.bin")
+
     largest = 0
 
     def assert_same(self, got, expected):
@@ -172,6 +180,14 @@ class Export(Folder):
                 model = random_model(random_config(seed))
                 base = self.export(self.save(model, f"hf{seed}", shard="10KB" if seed % 3 else "1GB"))
                 self.assert_same(self.our_logits(base), logits(model))
+
+    def test_random_base(self):
+        """A base of random weights, name and all, is one that the trainer takes."""
+        random_config(2).save_pretrained(self.path("hf"))
+        base = self.path("base.bin")
+        run(random_base, self.path("hf/config.json"), base)
+        subprocess.run([os.path.join(TOP, "train_rigsa"), "--method", "eval", "--base", base, "--eval", self.evaluation(base)],
+                       check=True, stdout=subprocess.DEVNULL)
 
     def test_pieces(self):
         """However few weights are read at a time, the file is the same."""
@@ -406,10 +422,9 @@ class Merge(Folder):
     def train(self, base, method):
         """What train_rigsa makes of random examples."""
         vocab = rigsa_file.unpack_config(rigsa_file.read_file(base, "base")["config"])["vocab"]
-        data, test = self.path("train.bin"), self.path("test.bin")
+        data = self.path("train.bin")
         rigsa_file.write_file(data, "data", rigsa_file.data_sections(vocab, examples(vocab)))
-        rigsa_file.write_file(test, "data", rigsa_file.data_sections(vocab, examples(vocab), None, "column", "exact"))
-        subprocess.run([os.path.join(TOP, "train_rigsa"), "--base", base, "--data", data, "--eval", test, "--out",
+        subprocess.run([os.path.join(TOP, "train_rigsa"), "--base", base, "--data", data, "--eval", self.evaluation(base), "--out",
                         self.path(method), "--method", method, "--examples", "64", "--ticket-examples", "64",
                         "--batch", "4", "--rounds", "2", "--lr", "0.01"], check=True, stdout=subprocess.DEVNULL)
 
