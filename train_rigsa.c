@@ -1709,6 +1709,7 @@ static void data_generation(Data *data)
     data->end = section(&data->file, "end", sizeof(uint32_t), &data->end_count);
     data->stop = section(&data->file, "stop", 1, &data->stop_size);
     pieces = section(&data->file, "pieces", 1, &n);
+    if (n / 4 < data->V) die("%s: section `pieces` has %zu bytes for %u tokens", path, n, data->V);
     data->piece = allocate(data->V, sizeof *data->piece);
     for (uint32_t t = 0, size = 0; t < data->V; t++, at += 4 + size) {
         if (n - at >= 4) memcpy(&size, data->piece[t] = pieces + at, 4);
@@ -1718,8 +1719,8 @@ static void data_generation(Data *data)
     data->number = needed(&data->file, "number", data->examples, sizeof(double));
     data->longest = data->rows = 0;
     for (size_t e = 0; e < data->examples; e++) {
-        data->rows += data->answer[e] + data->limit;
-        data->longest = max_size(data->longest, data->answer[e] + data->limit);
+        data->rows += (size_t)data->answer[e] + data->limit;
+        data->longest = max_size(data->longest, (size_t)data->answer[e] + data->limit);
     }
     if (data->limit < 1 || data->limit > 1 << 20) die("%s: generates %u tokens", path, data->limit);
     if (data->stop_size && data->stop[data->stop_size - 1]) die("%s: section `stop` does not end with a zero", path);
@@ -2166,7 +2167,7 @@ static int write_text(char *text, const Data *data, const uint32_t *token, size_
         length += size;
     }
     text[length] = 0;
-    for (const char *stop = data->stop; stop < data->stop + data->stop_size; stop += strlen(stop) + 1) {
+    for (const char *stop = data->stop; stop && stop < data->stop + data->stop_size; stop += strlen(stop) + 1) {
         char *found = memmem(text, length, stop, strlen(stop));
         if (found) stopped = 1, length = (size_t)(found - text), *found = 0;
     }

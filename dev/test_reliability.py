@@ -12,9 +12,11 @@ import argparse
 import csv
 import math
 import os
+import pty
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -25,7 +27,8 @@ import time
 import rigsa_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PROGRAM = os.path.join(HERE, "..", "train_rigsa")
+ROOT = os.path.dirname(HERE)
+PROGRAM = os.path.join(ROOT, "train_rigsa")
 NANO = os.path.join(HERE, "nano")
 count = {True: 0, False: 0}
 
@@ -38,7 +41,10 @@ def check(what, good, said=""):
 
 
 class Runs:
-    """A temporary folder with small data, and runs in it. `limits` maps resource.RLIMIT_* to bytes, `user` is a user id."""
+    """
+    A temporary folder with small data, and runs in it. `limits` maps resource.RLIMIT_* to bytes, `user` is a user id, `group` the
+    folder of a cgroup of version 1.
+    """
 
     def __init__(self, folder):
         self.folder = folder
@@ -58,15 +64,17 @@ class Runs:
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def start(self, out, *options, threads=1, limits=None, user=None):
+    def start(self, out, *options, threads=1, limits=None, user=None, group=None):
         """A run in the folder `out`, as a process."""
         def prepare():
             for kind, size in (limits or {}).items():
                 resource.setrlimit(kind, (size, size))
+            if group:
+                write(f"{group}/cgroup.procs", "0")
             if user:
                 os.setuid(user)
         return subprocess.Popen([PROGRAM, "--out", self.path(out), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, preexec_fn=prepare, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+                                text=True, cwd=ROOT, preexec_fn=prepare, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
     def run(self, out, *options, **how):
         """(exit status, standard output, standard error) of a run in the folder `out`."""
@@ -90,25 +98,33 @@ def finish(process):
     return process.returncode, out, err
 
 
+def write(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+
+
 def one_line(err, word):
     """A single line, in which `word` occurs."""
     return err.count("\n") == 1 and word in err
 
 
-def undisturbed(runs, name, *options):
-    status, out, err = runs.run(name, *runs.usual(*options))
+def undisturbed(runs, name, options):
+    status, out, err = runs.run(name, *options)
     check(f"{name}: the undisturbed run", status == 0, out + err)
     return runs.result(name)
 
 
-def disturb(runs, name, usual, expected, number, numbers, longest, threads=(1,)):
-    """Ends runs with signal `number` at random moments and resumes them, until it hit `numbers` times; compares each result."""
+def disturb(runs, name, usual, expected, number, numbers, longest, threads=(1,), every="0.02"):
+    """
+    Ends runs with signal `number` at random moments within `longest` seconds and resumes them, until it hit `numbers` times;
+    compares each result. They save themselves every `every` seconds.
+    """
     hits = resumes = finished = 0
     while hits < numbers or not finished:
         out = f"{name}{finished}"
         saved = os.path.exists(runs.path(f"{out}/state.bin"))
-        options = ["--resume", "--save-every", "0.02"] if saved else [*usual, "--save-every", "0.02", "--overwrite"]
-        process = runs.start(out, *options, threads=random.choice(threads))
+        options = ["--resume"] if saved else [*usual, "--overwrite"]
+        process = runs.start(out, *options, "--save-every", every, threads=random.choice(threads))
         try:
             process.wait(random.uniform(0, longest) if hits < numbers else None)
         except subprocess.TimeoutExpired:
@@ -128,20 +144,29 @@ def disturb(runs, name, usual, expected, number, numbers, longest, threads=(1,))
 
 
 def test_killed(runs, long):
-    expected = undisturbed(runs, "rigsa")
+    expected = undisturbed(runs, "rigsa", runs.usual())
     disturb(runs, "killed", runs.usual(), expected, signal.SIGKILL, 50 if long else 8, 1.5, (1, 2, 3))
 
 
 def test_terminated(runs, long):
     options = ("--survivors", "redraw", "--keep", "0.8", "--threshold", "all", "--micro", "5", "--precision", "bf16")
-    expected = undisturbed(runs, "redraw", *options)
+    expected = undisturbed(runs, "redraw", runs.usual(*options))
     disturb(runs, "terminated", runs.usual(*options), expected, signal.SIGTERM, 20 if long else 3, 1.5)
     disturb(runs, "interrupted", runs.usual(*options), expected, signal.SIGINT, 20 if long else 2, 1.5)
 
 
 def test_full(runs, long):
-    expected = undisturbed(runs, "full", "--method", "full")
+    expected = undisturbed(runs, "full", runs.usual("--method", "full"))
     disturb(runs, "full-killed", runs.usual("--method", "full"), expected, signal.SIGKILL, 20 if long else 3, 0.6)
+
+
+def test_default(runs, long):
+    """The default run, which takes minutes."""
+    if not long:
+        return
+    expected = undisturbed(runs, "default", [])
+    disturb(runs, "default-killed", [], expected, signal.SIGKILL, 6, 60, every="5")
+    print("    " + runs.run("default-killed0", "--resume")[1].splitlines()[-1])
 
 
 def test_second_signal(runs, long):
@@ -182,7 +207,7 @@ def stopped_run(runs, name):
 def test_disk_full(runs, long):
     """Files may not grow beyond `limit` bytes: the state is neither lost nor replaced by half of one."""
     stopped_run(runs, "before")
-    expected = undisturbed(runs, "roomy")
+    expected = undisturbed(runs, "roomy", runs.usual())
     with open(runs.path("before/state.bin"), "rb") as file:
         state = file.read()
     warned = died = 0
@@ -264,8 +289,7 @@ def test_other_settings(runs, long):
 
 def test_command_lines(runs, long):
     text = runs.path("a file")
-    with open(text, "w") as file:
-        file.write("text")
+    write(text, "text")
     other = rigsa_file.read_examples(runs.eval)
     other["vocab"] = 50
     vocabulary = runs.path("vocabulary.bin")
@@ -342,10 +366,79 @@ def memory_135m(runs):
     _, status, used = os.wait4(process.pid, 0)
     check("135M above", status == 0, said + process.stderr.read())
     print(f"    135M: planned {planned} MB, used {used.ru_maxrss * 1024e-6:.1f} MB, the base's {weights * 1e-6:.1f} MB file with it")
+    memory_cgroup(runs, usual, planned)
 
 
-TESTS = (test_killed, test_terminated, test_full, test_second_signal, test_disk_full, test_lock, test_other_settings,
-         test_command_lines, test_not_finite, test_memory)
+def memory_cgroup(runs, usual, planned):
+    """The same under the limit of a cgroup, where we may make one: the kernel kills what takes more."""
+    with open("/proc/self/cgroup") as file:
+        own = re.search(":memory:(.*)", file.read())
+    group = f"/sys/fs/cgroup/memory{own[1] if own else '/none'}/rigsa{os.getpid()}"
+    try:
+        os.mkdir(group)
+    except OSError as error:
+        print(f"    no cgroup was tried: {error}")
+        return
+    try:
+        for more, refused in ((-1, 1), (16, 0)):
+            limit = int((planned + more) * 1e6) // 4096 * 4096
+            write(f"{group}/memory.limit_in_bytes", str(limit))
+            status, said, err = runs.run(f"group{refused}", *usual, group=group)
+            with open(f"{group}/memory.max_usage_in_bytes") as file:
+                used = int(file.read()) * 1e-6
+            print(f"    135M in a cgroup of {limit * 1e-6:.1f} MB: exit status {status}, used up to {used:.1f} MB, files' pages with it")
+            check("135M in a cgroup", status == refused, said + err)
+            check("135M in a cgroup: numbers", not refused or f"{planned} MB are needed, {limit * 1e-6:.1f} are there" in err, err)
+    finally:
+        os.rmdir(group)
+
+
+def test_soak(runs, long):
+    """Ten minutes of real MNIST at side 14: memory stays flat, and the line at the terminal's bottom says what loss.csv says."""
+    train, test = (os.path.join(ROOT, f"data/mnist_14_{part}.bin") for part in ("train", "test"))
+    if not long:
+        return
+    if not os.path.exists(train):
+        print("    not tried: python3 prepro_mnist.py --side 14 makes its data")
+        return
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen([PROGRAM, "--data", train, "--eval", test, "--out", runs.path("soak"), "--save-every", "60"],
+                               stdout=theirs, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(theirs)
+    said, resident, began = b"", [], time.time()
+    while time.time() < began + 600 and process.poll() is None:
+        if select.select([terminal], [], [], 1)[0]:
+            said += os.read(terminal, 65536)
+        if time.time() > began + 10 * (len(resident) + 1):
+            with open(f"/proc/{process.pid}/statm") as file:
+                resident.append(int(file.read().split()[1]) * resource.getpagesize() * 1e-6)
+    process.terminate()
+    check("soak: stops when asked", process.wait() == 128 + signal.SIGTERM, said.decode()[-2000:])
+    steady = resident[6:]
+    print(f"    {len(resident)} samples, one in 10 s; after a minute {min(steady):.1f} to {max(steady):.1f} MB")
+    check("soak: memory is flat", max(steady) - steady[0] < 1, resident)
+    losses = {}
+    with open(runs.path("soak/loss.csv")) as file:
+        for row in csv.DictReader(file):
+            losses.setdefault(row["pass"], []).append(float(row["loss"]))
+    lines = re.findall(r"  (\S+) +(\d+) %   loss ([\d.]+)   \d+ tokens/s", said.decode())
+    wrong = [line for line in lines if not agrees(losses[line[0]], 3000 if line[0] == "ticket" else 800, *map(float, line[1:]))]
+    check("soak: the line agrees with loss.csv", len(lines) > 100 and not wrong, wrong[:5])
+    print(f"    {len(lines)} lines of progress, {sum(map(len, losses.values()))} updates, {len(wrong)} disagree")
+
+
+def agrees(losses, updates, percent, shown):
+    """Whether the running mean of the losses is `shown` at an update that is `percent` of a pass of so many `updates`."""
+    mean = losses[0]
+    for t, loss in enumerate(losses, 1):
+        mean = 0.95 * mean + 0.05 * loss
+        if abs(100 * t / updates - percent) <= 0.5 and abs(mean - shown) < 6e-5:
+            return True
+    return False
+
+
+TESTS = (test_killed, test_terminated, test_full, test_default, test_second_signal, test_disk_full, test_lock, test_other_settings,
+         test_command_lines, test_not_finite, test_memory, test_soak)
 
 
 def main():
