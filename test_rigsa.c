@@ -890,7 +890,10 @@ static void test_selection(void)
     for (size_t n = 1; n <= 40; n++)
         for (size_t values = 1; values <= 81; values *= 3)              // 1: all tied
             for (size_t k = 1; k <= n; k++) {
-                for (size_t i = 0; i < n; i++) sorted[i] = (float)(mix(n * 1000 + k * 40 + i) % values), mixed[i] = i % 2 ? -sorted[i] : sorted[i];
+                for (size_t i = 0; i < n; i++) {
+                    sorted[i] = (float)(mix(n * 1000 + k * 40 + i) % values);
+                    mixed[i] = i % 2 ? -sorted[i] : sorted[i];
+                }
                 qsort(sorted, n, sizeof(float), descending);
                 wrong += kth_largest(mixed, n, k) != sorted[k - 1];
             }

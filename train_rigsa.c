@@ -1025,9 +1025,9 @@ static double sum_of_parts(const double *part)
 
 enum { SPAN = 128 };         // lanes of rows that are differentiated at a time: x's, transposed, stay in L2 or near it
 
-// to (LANES, SPAN) = LANES columns of from (rows, stride), transposed, in lanes as matmul packs them; `cols` of them exist, and zero
-// stands where there are no more rows. The neighbours, which come next, are fetched meanwhile: they lie a whole row apart, which
-// no hardware foresees.
+// to (LANES, SPAN) = LANES columns of from (rows, stride), transposed, in lanes as matmul packs them; `cols` of them exist, and
+// zero stands where there are no more rows. Their neighbours, which come next, are fetched meanwhile: they lie a whole row apart,
+// which no hardware foresees.
 static void transpose_lanes(float *to, const float *from, size_t stride, size_t rows, size_t cols)
 {
     size_t per = steps_per_lane();

@@ -283,7 +283,8 @@ static void write_seeds(const char *folder)
         if (i == 0) { base_save(model, path); continue; }
         if (i < 5) {
             Section section[] = { { "vocab", vocab, sizeof vocab }, { "length", length, sizeof length },
-                { "answer", answer, sizeof answer }, { "tokens", token, sizeof token }, { "glyphs", glyphs, sizeof glyphs }, { "column", "evaluation", 10 },
+                { "answer", answer, sizeof answer }, { "tokens", token, sizeof token }, { "glyphs", glyphs, sizeof glyphs },
+                { "column", "evaluation", 10 },
                 { "metric", metric[i], strlen(metric[i]) }, { "choices", choices, sizeof choices },
                 { "gold", gold, sizeof gold }, { "chars", chars, sizeof chars }, { "limit", limit, sizeof limit },
                 { "number", number, sizeof number }, { "end", end, sizeof end }, { "stop", stop, sizeof stop },
