@@ -1851,15 +1851,21 @@ static void adapter_load(Model *model, const File *file)
     model->adapter = RIGSA;
 }
 
+// An adapter belongs to the base that it was trained on.
+static void check_base(const Model *model, const File *file)
+{
+    size_t length;
+    const uint64_t *base = section(file, "base", 1, &length);
+    if (!base || length < 8) die("%s: does not name its base", file->path);
+    if (*base != model->base.hash)
+        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", file->path, (int)min_size(length - 8, 63),
+            (const char *)(base + 1), (unsigned long long)*base, model->base.name, (unsigned long long)model->base.hash);
+}
+
 static void ticket_load(Model *model, const char *path)
 {
     File file = file_open(path, "tick");
-    size_t length;
-    const uint64_t *base = section(&file, "base", 1, &length);
-    if (!base || length < 8) die("%s: does not name its base", path);
-    if (*base != model->base.hash)
-        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", path, (int)min_size(length - 8, 63),
-            (const char *)(base + 1), (unsigned long long)*base, model->base.name, (unsigned long long)model->base.hash);
+    check_base(model, &file);
     model->init = *(const Init *)needed(&file, "init", 1, sizeof(Init));
     if (model->init.rest > REST_INIT || !(model->init.sigma >= 0 && model->init.sigma < INFINITY))
         die("%s: damaged section `init`", path);

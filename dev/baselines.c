@@ -365,11 +365,8 @@ static void lora_load(Model *model, const char *path)
 {
     File file = file_open(path, "lora");
     const Tensor *first = lora_tensor(model, 0);
-    size_t length, n = values_in(first, model->tensors + model->all_tensors);
-    const char *base = section(&file, "base", 1, &length);
-    if (!base || length < 8) die("%s: does not name its base", path);
-    if (memcmp(base, &model->base.hash, 8))
-        die("%s: made for the base `%.*s`, not for this `%s`", path, (int)length - 8, base + 8, model->base.name);
+    size_t n = values_in(first, model->tensors + model->all_tensors);
+    check_base(model, &file);
     memcpy(first->value, needed(&file, "values", n, sizeof(float)), n * sizeof(float));
     file_close(&file);
 }
