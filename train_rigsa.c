@@ -575,7 +575,8 @@ static void matmul_pack(float *to, const float *from, size_t across, size_t alon
     if (across == 1)
         for (size_t k = 0; k < lanes; k++) {
             const float *low = from + per * k * along, *high = per * k + 1 < K ? low + along : ZEROS;
-            if (precision == FP32) for (size_t j = 0; j < used; j++) to[k * width + j] = low[j];
+            if (precision == FP32 && used == MR) memcpy(to + k * width, low, MR * sizeof(float));   // a known size: no call
+            else if (precision == FP32) for (size_t j = 0; j < used; j++) to[k * width + j] = low[j];
             else for (size_t j = 0; j < used; j++) to[k * width + j] = pair_bf16(low[j], high[j]);
             for (size_t j = used; j < width; j++) to[k * width + j] = 0;
         }
