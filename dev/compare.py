@@ -9,9 +9,9 @@ One thread per run and --jobs of them at a time: the results are the same bits a
 in the CSV is not made again, so the same command after an interruption goes on where it stopped.
 
 Every method trains about as many values as RIGSA's ticket has entries (SIZE below), except full and dense, which train
-everything, and lora16. Every method gets --last examples in its last pass. RIGSA and LT-SFT look at others before that,
+everything, and lora16. Every method gets LAST examples in its last pass. RIGSA and LT-SFT look at others before that,
 in RIGSA's rounds and in LT-SFT's first pass, FIRST together; with --budget total the methods that have only one pass get
-these examples as well: once a comparison at equal last pass, once at equal total.
+these examples as well: once a comparison at equal last pass, once at equal total, `both` for those two.
 
 compare.csv has a row per run: method, budget, lr, seed, density (trained values of the last pass / entries), seconds, and the score
 of each evaluation set; `base` is the base itself. The folders of the runs are beside it, for dev/plot.py.
@@ -54,11 +54,12 @@ def plan(args):
             rates, options = METHODS[method]
             for lr in rates:
                 first, last = round(FIRST * args.share), round(LAST * args.share)
-                if args.budget == "total" and method not in SEVERAL_PASSES:
+                budget = "both" if method in SEVERAL_PASSES else args.budget
+                if budget == "total":
                     last += first
                 examples = {"rigsa": round(ROUND * args.share), "ltsft": first, "full": last}.get(method, 0)
                 runs.append({
-                    "method": method, "budget": args.budget, "lr": lr, "seed": seed,
+                    "method": method, "budget": budget, "lr": lr, "seed": seed,
                     "cost": last + (first if method in SEVERAL_PASSES else 0),
                     "options": [*options, "--lr", lr, "--alpha-lr", GATE * lr, "--seed", seed, "--ticket-examples", last,
                                 *(["--examples", examples] if examples else [])],

@@ -1,12 +1,13 @@
 """
 Draws what dev/compare.py found, each figure as PNG and SVG.
 
-    python dev/plot.py out_compare                 trade-off, rounds and loss curves, into out_compare
+    python dev/plot.py out_compare                 trade-off, table, rounds and loss curves, into out_compare
     python dev/plot.py out                         of a single run of ./train_rigsa: rounds and loss curve
 
 tradeoff   the new task against what is left of the old ones, a curve per method over its learning rates. The old ones count
            as the mean over their evaluation sets of score / score of the base. Points are means over seeds, bars their
-           standard deviations.
+           standard deviations. RIGSA and LT-SFT, which have passes before the last, are in both figures.
+table.md   the same as numbers
 rounds     RIGSA round by round: accuracy, density, kept share
 loss       the loss of the last pass of every method at its middle learning rate, smoothed
 """
@@ -53,30 +54,59 @@ def axes(width, height, **more):
     return figure, axis
 
 
-def draw_tradeoff(rows, folder):
-    """A figure per budget."""
-    sets = list(rows[0])[list(rows[0]).index("seconds") + 1:]
+def by_rate(rows, method, budget):
+    """The rows of a method with this budget, or with `both`: a dict, learning rate -> rows of its seeds."""
+    found = {}
+    for row in rows:
+        if row["method"] == method and row["budget"] in (budget, "both"):
+            found.setdefault(float(row["lr"]), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def mean_and_spread(values):
+    """Over the first axis: mean, and standard deviation of a sample, zero where there is only one."""
+    return np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
+
+
+def draw_tradeoff(rows, sets, folder):
+    """A figure per budget: everything, and beside it the corner where much is read and little forgotten."""
     target, source = sets[0], sets[1:]
     base = next(row for row in rows if row["method"] == "base")
-    for budget in sorted({row["budget"] for row in rows if row["budget"]}):
-        figure, axis = axes(6, 4.5)
+    for budget in sorted({row["budget"] for row in rows} - {"", "both"}):
+        figure, both = axes(11, 4.5, ncols=2)
+        best = 0
         for method, (label, colour, marker) in STYLE.items():
-            points = {}
-            for row in rows:
-                if row["method"] == method and row["budget"] == budget:
-                    kept = np.mean([float(row[name]) / float(base[name]) for name in source])
-                    points.setdefault(float(row["lr"]), []).append((kept, float(row[target])))
+            points = [mean_and_spread([(np.mean([float(row[name]) / float(base[name]) for name in source]), float(row[target]))
+                                       for row in seeds]) for seeds in by_rate(rows, method, budget).values()]
             if not points:
                 continue
-            mean = np.array([np.mean(points[lr], axis=0) for lr in sorted(points)])
-            spread = np.array([np.std(points[lr], axis=0, ddof=len(points[lr]) > 1) for lr in sorted(points)])
-            axis.errorbar(*mean.T, xerr=spread[:, 0], yerr=spread[:, 1], label=label, color=colour, marker=marker,
-                          markersize=5, linewidth=1.2, elinewidth=0.7, capsize=2)
-        axis.axvline(1, color="#888888", linewidth=0.7, linestyle=":")
-        axis.set_xlabel(f"kept of {', '.join(source)} (share of the base)")
-        axis.set_ylabel(f"{target}, share read")
-        axis.legend(fontsize=8, frameon=False, loc="lower left")
+            mean, spread = np.array(points).transpose(1, 2, 0)
+            best = max(best, *mean[1])
+            for axis in both:
+                axis.errorbar(*mean, xerr=spread[0], yerr=spread[1], label=label, color=colour, marker=marker,
+                              markersize=5, linewidth=1.2, elinewidth=0.7, capsize=2)
+        for axis in both:
+            axis.axvline(1, color="#888888", linewidth=0.7, linestyle=":")
+            axis.set_xlabel(f"kept of {', '.join(source)} (share of the base)")
+        both[0].set_ylabel(f"{target}, share read")
+        both[0].legend(fontsize=8, frameon=False, loc="lower left")
+        both[1].set(xlim=(0.89, 1.01), ylim=(best - 0.22, best + 0.02))
         save(figure, folder, f"tradeoff_{budget}")
+
+
+def write_table(rows, sets, folder):
+    """table.md: mean and standard deviation over the seeds, the budgets one below the other."""
+    lines = ["| method | budget | lr | density | " + " | ".join(sets) + " |", "|" + "---|" * (4 + len(sets))]
+    for budget in ("", "both", "last", "total"):
+        for method in ("base", *STYLE):
+            for lr, seeds in by_rate([row for row in rows if row["budget"] == budget], method, budget).items():
+                mean, spread = mean_and_spread([[float(row[name]) for name in ("density", *sets)] for row in seeds])
+                cells = [f"{mean[0]:.3f}"] + [f"{m:.3f} ±{s:.3f}" for m, s in zip(mean[1:], spread[1:])]
+                lines.append(f"| {method} | {budget} | {lr:g} | " + " | ".join(cells).replace("0.", ".") + " |")
+    path = os.path.join(folder, "table.md")
+    with open(path, "w") as file:
+        file.write("\n".join(lines) + "\n")
+    print(path)
 
 
 def draw_rounds(table, folder):
@@ -138,7 +168,9 @@ def main():
     try:
         if os.path.exists(os.path.join(folder, "compare.csv")):
             rows = read(os.path.join(folder, "compare.csv"))
-            draw_tradeoff(rows, folder)
+            sets = list(rows[0])[list(rows[0]).index("seconds") + 1:]
+            draw_tradeoff(rows, sets, folder)
+            write_table(rows, sets, folder)
             draw_losses(middle_runs(rows, folder), folder)
             runs = sorted(glob.glob(os.path.join(folder, "rigsa_*_0.003_*", "table.csv")))
             if runs:
