@@ -35,8 +35,9 @@
 //     14  Options       one table
 //     15  Training      a pass, the saved state, the rounds, the table of results, main
 //
-// Letters, everywhere the same
+// Letters, the same everywhere but in section 5
 //      N  rows: all tokens of a batch, its sequences laid end to end       T  tokens of one sequence     S  sequences
+//      R  rows that a layer goes on with after its keys: N, or M in the last layer                       K  rows of the cache
 //      C  hidden size     F  feed-forward size     L  layers               V  vocabulary                 M  answer rows
 //      H  query heads     KV  key/value heads      G = H / KV  heads that share a key    D  size of a head
 //      O, I  rows (outputs) and columns (inputs) of a linear matrix: y (N, O) = x (N, I) W^T
@@ -133,7 +134,6 @@ typedef struct {
     float *x2;                 // (R, C) after attention's residual
     float *gate, *up;          // (R, F) the two halves of SwiGLU, before the activation
     float *lse;                // (R, H) log of the sum of the exponentials of the scores
-    float *rstd1, *rstd2;      // (N), (R) 1 / rms of x and of x2
     float *kept;               // where layers share the arrays from x to up: the copy of this layer's, for its backward pass
 } Layer;
 
@@ -142,7 +142,8 @@ typedef struct {
     Layer *layer;              // (L + 1) the last one holds only x (M, C), the input of the final norm
     size_t keep;               // floats from x on that a layer's copy holds: all, or with `recompute` only x
     int recompute;             // run a layer's forward pass again before its backward pass: less memory, a third more work
-    float *xn, *h;             // (N, C), (N, F) norm output, gated product
+    float *xn, *rstd;          // (N, C), (N) norm output, and 1 / rms of its input
+    float *h;                  // (N, F) gated product
     float *dx, *dxn;           // (N, C)
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
     float *dgate, *dup, *dh;   // (N, F)
@@ -152,7 +153,7 @@ typedef struct {
     float *scores;             // a Block of attention for each thread
     float *cosine, *sine;      // (T, D / 2)
     float *xm, *dxm;           // (M, C) answer rows picked out of N, and their gradient
-    float *xf, *dxf, *rstdf;   // (M, C), (M, C), (M) output of the final norm, its gradient, 1 / rms
+    float *xf, *dxf;           // (M, C) output of the final norm, its gradient
     float *logits;             // (HEAD_ROWS, V) of a slice of the answer rows
     float *logp;               // (M) log-probability of the target
     uint32_t *best;            // (M) the most likely token
@@ -185,7 +186,9 @@ struct Model {
     float *scratch;            // (O, I) of the largest matrix: W on its way into a product, or dW on its way out
     Activations acts;
     uint16_t *half_arena;
-    float *base_arena, *value_arena, *grad_arena, *m_arena, *v_arena;
+    float *base_arena, *value_arena;
+    size_t trained;            // values, with as many gradients and moments
+    float *grad_arena, *m_arena, *v_arena;
     uint32_t *index_arena;
 };
 
@@ -265,6 +268,7 @@ static void *allocate(size_t count, size_t size)
 }
 
 static float *floats(size_t count) { return allocate(count, sizeof(float)); }
+static uint32_t *integers(size_t count) { return allocate(count, sizeof(uint32_t)); }
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
@@ -320,9 +324,9 @@ static uint64_t hash64(const void *data, size_t n)
 // restores it, yet no copy of it is ever stored. It has the same bits on every machine: integers, one product and one
 // rounding, nothing that a compiler may contract or a libm may round its own way.
 
-// The key of one stream of random numbers; `stream` says what for, `a` and `b` which.
 enum { STREAM_DELTA, STREAM_ORDER };
 
+// The key of one stream of random numbers; `stream` says what for, `a` and `b` which.
 static uint64_t random_key(uint64_t seed, uint64_t stream, uint64_t a, uint64_t b)
 {
     return mix(mix(mix(mix(seed + GOLDEN) + stream) + a) + b);
@@ -426,8 +430,8 @@ enum { NR = NV * LANES, KC = 576, MC = 96, NC = 32 * NR };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
 
-static _Thread_local float packed_a[MC * KC + LANES] __attribute__((aligned(64)));
-static _Thread_local float packed_b[KC * NC] __attribute__((aligned(64)));
+// Made when a thread first needs them: its stack, where thread-local arrays lie, may be small.
+static _Thread_local float *packed_a, *packed_b;
 
 // With --precision bf16 both operands are rounded to bfloat16, the upper half of a float, on their way into the packed slices,
 // where each 32-bit lane then holds a pair: steps 2k (low half) and 2k + 1 of the sum over k. Sums stay in fp32.
@@ -653,6 +657,7 @@ static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size
     size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
     size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
     size_t per = steps_per_lane();
+    if (!packed_a) packed_a = floats(MC * KC + LANES);
     float *pa = packed_a;
     for (size_t j0 = 0; j0 < N; j0 += NC)
         for (size_t k0 = 0; k0 < K; k0 += per * KC) {
@@ -683,12 +688,14 @@ static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size
         }
 }
 
-// Threads share rows of c and never a sum: the same bits for any number of them. A thread among others (attention's) works alone.
+// Each element of c is one thread's, and its sum has one order: the same bits for any number of threads. A thread among others
+// (attention's) works alone.
 static void matmul(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
                    const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
 {
-    float *pb = packed_b;                                // the calling thread's, for its whole team
     if (M == 0) return;                                  // a batch of prompts' first parts has no answer rows
+    if (!packed_b) packed_b = floats(KC * NC);
+    float *pb = packed_b;                                // the calling thread's, for its whole team
     if (K == 0 && !add)
         for (size_t i = 0; i < M; i++) memset(c + i * ldc, 0, N * sizeof(float));
     if (omp_in_parallel()) {
@@ -718,7 +725,7 @@ static void embedding_backward(float *dembed, const float *dx, const uint32_t *t
         for (size_t n = 0; n < N; n++) dembed[token[n] * C + c] += dx[n * C + c];
 }
 
-// out (N, C) = x * rstd * w, with rstd (N) = 1 / sqrt(mean(x^2) + eps) kept for the backward pass and w (C).
+// out (N, C) = x * rstd * w, with w (C) and rstd (N) = 1 / sqrt(mean(x^2) + eps), which the backward pass needs, too.
 static void rmsnorm_forward(float *out, float *rstd, const float *x, const float *w, size_t N, size_t C, float eps)
 {
     #pragma omp parallel for
@@ -821,15 +828,16 @@ static float maximum(const float *x, size_t n)
 {
     float lane[LANES], highest = x[0];
     for (int i = 0; i < LANES; i++) lane[i] = highest;
-    for (size_t j = 0; j < n; j += LANES)
+    for (size_t j = 0; j < n; j += LANES) {
+        #pragma omp simd
         for (int i = 0; i < LANES; i++) lane[i] = x[j + i] > lane[i] ? x[j + i] : lane[i];
+    }
     for (int i = 0; i < LANES; i++) highest = lane[i] > highest ? lane[i] : highest;
     return highest;
 }
 
 static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v, float *scores,
-                              const Rows *query, const uint32_t *key_start,
-                              size_t S, size_t H, size_t KV, size_t D, size_t T_max)
+                              const Rows *query, const uint32_t *key_start, size_t S, size_t H, size_t KV, size_t D, size_t T_max)
 {
     size_t G = H / KV, step = max_size(1, QUERIES / G);
     float scale = 1.0f / sqrtf((float)D);
@@ -868,8 +876,7 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
 // The passes in reverse; p is computed again from q, k and lse. dq is written; dk and dv, which G heads share, accumulate.
 static void attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse,
                                const float *q, const float *k, const float *v, float *scores,
-                               const Rows *query, const uint32_t *key_start,
-                               size_t S, size_t H, size_t KV, size_t D, size_t T_max)
+                               const Rows *query, const uint32_t *key_start, size_t S, size_t H, size_t KV, size_t D, size_t T_max)
 {
     size_t G = H / KV, step = max_size(1, QUERIES / G);
     float scale = 1.0f / sqrtf((float)D);
@@ -1193,7 +1200,7 @@ static void layer_forward(Model *model, const Batch *batch, size_t l)
     Layer *a = &acts->layer[l];
     const Rows *rows = query_rows(model, batch, l);
     size_t N = batch->all.n, R = rows->n, C = c->C, H = c->H, KV = c->KV, D = c->D;
-    rmsnorm_forward(acts->xn, a->rstd1, a->x, layer_tensor(model, l, ATTN_NORM)->value, N, C, c->eps);
+    rmsnorm_forward(acts->xn, acts->rstd, a->x, layer_tensor(model, l, ATTN_NORM)->value, N, C, c->eps);
     linear_forward(model, a->q, layer_tensor(model, l, WQ), gather(acts->xm, acts->xn, rows, C), R, 0);
     linear_forward(model, a->k, layer_tensor(model, l, WK), acts->xn, N, 0);
     linear_forward(model, a->v, layer_tensor(model, l, WV), acts->xn, N, 0);
@@ -1204,7 +1211,7 @@ static void layer_forward(Model *model, const Batch *batch, size_t l)
     attention_forward(a->att, a->lse, a->q, k, v, acts->scores, rows, batch->key_start, batch->S, H, KV, D, acts->T);
     memcpy(a->x2, gather(acts->xm, a->x, rows, C), R * C * sizeof(float));
     linear_forward(model, a->x2, layer_tensor(model, l, WO), a->att, R, 1);                  // x2 = x + att Wo^T
-    rmsnorm_forward(acts->xn, a->rstd2, a->x2, layer_tensor(model, l, FFN_NORM)->value, R, C, c->eps);
+    rmsnorm_forward(acts->xn, acts->rstd, a->x2, layer_tensor(model, l, FFN_NORM)->value, R, C, c->eps);
     linear_forward(model, a->gate, layer_tensor(model, l, WGATE), acts->xn, R, 0);
     linear_forward(model, a->up, layer_tensor(model, l, WUP), acts->xn, R, 0);
 }
@@ -1254,7 +1261,7 @@ static double head_forward_backward(Model *model, const Batch *batch, int traini
     Tensor *norm = final_norm(model), *head = head_tensor(model);
     size_t M = batch->answer.n, C = c->C, V = c->V;
     const float *x = acts->layer[c->L].x;
-    rmsnorm_forward(acts->xf, acts->rstdf, x, norm->value, M, C, c->eps);
+    rmsnorm_forward(acts->xf, acts->rstd, x, norm->value, M, C, c->eps);
     for (size_t i = 0; i < M; i += HEAD_ROWS) {
         size_t rows = min_size(HEAD_ROWS, M - i);
         matmul(acts->logits, V, acts->xf + i * C, C, 1, head->value, 1, C, rows, V, C, 0);
@@ -1266,7 +1273,7 @@ static double head_forward_backward(Model *model, const Batch *batch, int traini
     }
     if (training) {
         memset(acts->dx, 0, M * C * sizeof(float));
-        rmsnorm_backward(acts->dx, norm->grad, acts->dxf, x, norm->value, acts->rstdf, M, C);
+        rmsnorm_backward(acts->dx, norm->grad, acts->dxf, x, norm->value, acts->rstd, M, C);
     }
     double loss = 0;
     for (size_t i = 0; i < M; i++) loss -= acts->logp[i];
@@ -1292,10 +1299,10 @@ static void model_backward(Model *model, const Batch *batch)
         linear_backward(model, acts->dh, layer_tensor(model, l, WDOWN), acts->h, dx, R, 0);
         swiglu_backward(acts->dgate, acts->dup, acts->dh, a->gate, a->up, R * F);
         // gate = xn Wg^T, up = xn Wu^T, xn = rmsnorm(x2)
-        rmsnorm_forward(acts->xn, a->rstd2, a->x2, norm2->value, R, C, c->eps);
+        rmsnorm_forward(acts->xn, acts->rstd, a->x2, norm2->value, R, C, c->eps);
         linear_backward(model, acts->dxn, layer_tensor(model, l, WGATE), acts->xn, acts->dgate, R, 0);
         linear_backward(model, acts->dxn, layer_tensor(model, l, WUP), acts->xn, acts->dup, R, 1);
-        rmsnorm_backward(dx, norm2->grad, acts->dxn, a->x2, norm2->value, a->rstd2, R, C);     // dx is now the gradient of x2
+        rmsnorm_backward(dx, norm2->grad, acts->dxn, a->x2, norm2->value, acts->rstd, R, C);     // dx is now the gradient of x2
         // x2 = x + att Wo^T
         linear_backward(model, acts->datt, layer_tensor(model, l, WO), a->att, dx, R, 0);
         memset(acts->dk, 0, N * KV * D * sizeof(float));
@@ -1305,7 +1312,7 @@ static void model_backward(Model *model, const Batch *batch)
         rope(acts->dq, acts->cosine, acts->sine, rows->position, R, H, D, -1);
         rope(acts->dk, acts->cosine, acts->sine, batch->all.position, N, KV, D, -1);
         // q = xn Wq^T, k = xn Wk^T, v = xn Wv^T, xn = rmsnorm(x)
-        rmsnorm_forward(acts->xn, a->rstd1, a->x, norm1->value, N, C, c->eps);
+        rmsnorm_forward(acts->xn, acts->rstd, a->x, norm1->value, N, C, c->eps);
         linear_backward(model, acts->dxn, layer_tensor(model, l, WK), acts->xn, acts->dk, N, 0);
         linear_backward(model, acts->dxn, layer_tensor(model, l, WV), acts->xn, acts->dv, N, 1);
         if (rows->row) {                                    // the answer rows' gradients, back among those of all rows
@@ -1315,7 +1322,7 @@ static void model_backward(Model *model, const Batch *batch)
             memset(dx, 0, N * C * sizeof(float));
             embedding_backward(dx, acts->dxm, rows->row, R, C);
         } else linear_backward(model, acts->dxn, layer_tensor(model, l, WQ), acts->xn, acts->dq, N, 1);
-        rmsnorm_backward(dx, norm1->grad, acts->dxn, a->x, norm1->value, a->rstd1, N, C);
+        rmsnorm_backward(dx, norm1->grad, acts->dxn, a->x, norm1->value, acts->rstd, N, C);
     }
     if (model->tensors[0].grad) embedding_backward(model->tensors[0].grad, dx, batch->token, N, C);
 }
@@ -1345,7 +1352,7 @@ static void adamw(float *w, const float *dw, float *m, float *v, size_t n, float
     }
 }
 
-// Makes room for what takes the place of the adapter.
+// Before the adapter's successor is built, so that both together need no more memory than training does.
 static void free_moments(Model *model)
 {
     free(model->m_arena);
@@ -1356,7 +1363,7 @@ static void free_moments(Model *model)
 // Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
 static void trained_arenas(Model *model, Tensor *first, Tensor *end)
 {
-    size_t n = values_in(first, end), at = 0;
+    size_t n = model->trained = values_in(first, end), at = 0;
     free(model->grad_arena);
     free_moments(model);
     model->grad_arena = floats(n);
@@ -1397,18 +1404,7 @@ static int model_update(Model *model, size_t t, float factor)
     return 1;
 }
 
-static size_t trained_values(const Model *model)
-{
-    size_t n = 0;
-    for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) if (t->grad) n += t->n;
-    return n;
-}
-
-static void model_zero_grad(Model *model)
-{
-    for (Tensor *p = model->tensors; p < model->tensors + model->all_tensors; p++)
-        if (p->grad) memset(p->grad, 0, p->n * sizeof(float));
-}
+static void model_zero_grad(Model *model) { memset(model->grad_arena, 0, model->trained * sizeof(float)); }
 
 // The learning rate's factor in update t (from 1) of `updates`: over a share `warmup` a line up, over the last `cooldown` one down.
 static float schedule(size_t t, size_t updates, double warmup, double cooldown)
@@ -1489,7 +1485,7 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
         kept = (cut[0] = cut_magnitudes(delta_tensor(model, 0)->value, adapter_entries(model), candidates, keep)).kept;
 
     free_moments(model);
-    uint32_t *index = allocate(kept, sizeof(uint32_t));
+    uint32_t *index = integers(kept);
     float *value = floats(kept + count);                        // the survivors, and after them the gates
     size_t at = 0;
     for (size_t a = 0; a < count; a++) {
@@ -1688,7 +1684,8 @@ static void data_text(char *to, size_t size, const File *file, const char *tag)
     size_t n;
     const char *text = section(file, tag, 1, &n);
     snprintf(to, size, "%.*s", text ? (int)min_size(n, size - 1) : 0, text ? text : "");
-    for (; *to; to++) if (iscntrl((unsigned char)*to) || *to == ',') die("%s: section `%s` is not a name", file->path, tag);
+    for (; *to; to++)
+        if (iscntrl((unsigned char)*to) || strchr(",\"\\", *to)) die("%s: section `%s` is not a name", file->path, tag);
 }
 
 // Two choices of a question begin with the same tokens: with its context, at least.
@@ -1761,8 +1758,8 @@ static Data data_open(const char *path)
     data.metric = known;
     data.questions = data.examples;
     data.rows = data.tokens;
-    data.leader = allocate(data.examples, sizeof(uint32_t));
-    data.shared = allocate(data.examples, sizeof(uint32_t));
+    data.leader = integers(data.examples);
+    data.shared = integers(data.examples);
     for (size_t e = 0; e < data.examples; e++) data.leader[e] = (uint32_t)e;
     if (data.metric == NUMBER) data_generation(&data);
     if (data.metric == EXACT || data.metric == NUMBER) return data;
@@ -1837,7 +1834,7 @@ static void adapter_load(Model *model, const File *file)
     const uint32_t *index = n == full && !section(file, "index", 1, &length) ? NULL : needed(file, "index", n, sizeof(uint32_t));
     free(model->index_arena);
     free(model->value_arena);
-    model->index_arena = index ? memcpy(allocate(n, sizeof(uint32_t)), index, n * sizeof(uint32_t)) : NULL;
+    model->index_arena = index ? memcpy(integers(n), index, n * sizeof(uint32_t)) : NULL;
     model->value_arena = memcpy(floats(n + count), value, n * sizeof(float));
     gates_tensor(model)->value = memcpy(model->value_arena + n, gate, count * sizeof(float));
     for (size_t a = 0; a < count; at += entries[a++]) {
@@ -1886,6 +1883,8 @@ static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const c
     va_end(arguments);
 }
 
+static size_t largest_matrix(const Config *c) { return max_size(c->F, (size_t)c->H * c->D) * c->C; }
+
 static void check_config(const Config *c, const char *path, size_t length)
 {
     const char *name[] = { "dim", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab" };
@@ -1895,7 +1894,7 @@ static void check_config(const Config *c, const char *path, size_t length)
     if (c->D % 2) die("%s: head_dim is %u, rotary positions need an even one", path, c->D);
     if (c->tied > 1 || c->dtype > 1) die("%s: tied is %u, dtype is %u, both must be 0 or 1", path, c->tied, c->dtype);
     if (!(c->theta > 0 && c->eps > 0 && c->theta < INFINITY && c->eps < 1)) die("%s: theta %g, eps %g", path, c->theta, c->eps);
-    if (max_size(c->F, (size_t)c->H * c->D) * c->C > UINT32_MAX) die("%s: a matrix is too large for 32-bit indices", path);
+    if (largest_matrix(c) > UINT32_MAX) die("%s: a matrix is too large for 32-bit indices", path);
     if ((size_t)c->L * PER_LAYER > length) die("%s: %u layers in %zu bytes", path, c->L, length);
 }
 
@@ -1977,14 +1976,6 @@ static void adapter_alloc(Model *model)
     model->adapter = RIGSA;
 }
 
-static size_t largest_matrix(const Model *model)
-{
-    size_t largest = 0;
-    for (size_t i = 0; i < model->base_tensors; i++)
-        if (model->tensors[i].adapter >= 0) largest = max_size(largest, model->tensors[i].n);
-    return largest;
-}
-
 // An arena is walked twice: without memory, to count, and with it, to hand it out.
 typedef struct { float *memory; size_t used; } Arena;
 
@@ -2020,19 +2011,16 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
             layer->gate = take(&arena, N * F), layer->up = take(&arena, N * F);
             a->keep = a->recompute ? N * C : arena.used - start;
         } else *layer = a->layer[0];
-        if (l == 0 || (training && !a->recompute)) {
-            layer->lse = take(&arena, N * c->H);
-            layer->rstd1 = take(&arena, N), layer->rstd2 = take(&arena, N);
-        }
+        if (l == 0 || (training && !a->recompute)) layer->lse = take(&arena, N * c->H);
         if (training && !own && l < c->L) layer->kept = take(&arena, precision == BF16 ? (a->keep + 1) / 2 : a->keep);
     }
     a->N = N, a->T = T, a->M = M, a->K = batch.K;
     a->layer_stride = batch.past ? batch.K * KVD : 0;
     a->cached_k = take(&arena, caches * batch.K * KVD), a->cached_v = take(&arena, caches * batch.K * KVD);
-    a->xn = take(&arena, N * C), a->h = take(&arena, N * F);
+    a->xn = take(&arena, N * C), a->rstd = take(&arena, max_size(N, M)), a->h = take(&arena, N * F);
     a->scores = take(&arena, (size_t)omp_get_max_threads() * block_floats(c->H / c->KV, T, c->D));
     a->cosine = take(&arena, T * c->D / 2), a->sine = take(&arena, T * c->D / 2);
-    a->xm = take(&arena, M * C), a->xf = take(&arena, M * C), a->rstdf = take(&arena, M);
+    a->xm = take(&arena, M * C), a->xf = take(&arena, M * C);
     a->logits = take(&arena, min_size(HEAD_ROWS, M) * c->V), a->logp = take(&arena, M), a->best = (uint32_t *)take(&arena, M);
     if (!training) return arena.used;
     a->dx = take(&arena, N * C), a->dxn = take(&arena, N * C), a->dxm = take(&arena, M * C), a->dxf = take(&arena, M * C);
@@ -2046,10 +2034,8 @@ static void acts_alloc(Model *model, Largest batch, int training)
 {
     acts_layout(model, floats(acts_layout(model, NULL, batch, training)), batch, training);
     rope_table(model->acts.cosine, model->acts.sine, batch.T, model->config.D, model->config.theta);
-    model->scratch = floats(largest_matrix(model));
+    model->scratch = floats(largest_matrix(&model->config));
 }
-
-static uint32_t *integers(size_t count) { return allocate(count, sizeof(uint32_t)); }
 
 static Batch batch_alloc(size_t N, size_t M, size_t K)
 {
@@ -2289,18 +2275,18 @@ static const Option table[] = {
     { "ticket", TEXT, &opt.ticket, "FILE", "", "with --method eval: the base with this adapter" },
     { "details", TEXT, &opt.details, "FILE", "", "what the model makes of every question of every evaluation, as JSON lines" },
     { "examples", COUNT, &opt.examples, "0 to 1e12", "12800", "examples of a pass, 0: all of them once" },
-    { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000", "of the last pass, which trains the ticket" },
+    { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000", "of the ticket's pass, 0: all of them once" },
     { "rounds", COUNT, &opt.rounds, "0 to 100", "5", "rounds of training and pruning before the last pass" },
     { "batch", COUNT, &opt.batch, "1 to 1e6", "16", "examples per update" },
     { "micro", COUNT, &opt.micro, "0 to 1e6", "0", "examples per forward pass, to save memory; 0: the whole batch" },
     { "precision", CHOICE, &opt.precision, "fp32|bf16", "fp32", "of products and of what is kept for the backward pass" },
     { "recompute", FLAG, &opt.recompute, "", "", "keep only the layers' inputs: a third more work, far less memory" },
-    { "lr", REAL, &opt.lr, "0 to 10", "0.003", "learning rate of DeltaW (full: of every weight, default 0.001)" },
+    { "lr", REAL, &opt.lr, "0 to 10", "0.003", "learning rate of DeltaW; with --method full of every weight, 0.001" },
     { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.007", "learning rate of the gates" },
     { "warmup", REAL, &opt.warmup, "0 to 1", "0.05", "share of a pass over which the learning rates rise from 0" },
     { "cooldown", REAL, &opt.cooldown, "0 to 1", "1", "share of a pass, at its end, over which they fall back to 0" },
     { "sigma", REAL, &opt.sigma, "0 to 1e6", "0.06", "standard deviation of DeltaW's initial values" },
-    { "weight-decay", REAL, &opt.weight_decay, "0 to 1e6", "1", "decoupled decay of DeltaW (full: of matrices, default 0.1)" },
+    { "weight-decay", REAL, &opt.weight_decay, "0 to 1e6", "1", "decoupled decay of DeltaW; with --method full of matrices, 0.1" },
     { "keep", REAL, &opt.keep, "0 to 1", "0.56", "share of the candidates that a round keeps" },
     { "rest", CHOICE, &opt.rest, "zero|init", "zero", "where a pruned entry rests: at zero, or frozen at its initial value" },
     { "survivors", CHOICE, &opt.survivors, "rewind|keep|redraw", "rewind", "back to initial values, kept, or drawn afresh" },
@@ -2346,6 +2332,7 @@ static void option_set(const Option *o, char *text, int n)
     case TEXT: *(char **)o->where = text; break;
     case LIST:
         if (n == MAX_EVALS) die("--%s: at most %d of them", o->name, MAX_EVALS);
+        if (strpbrk(text, " \n")) die("--%s: `%s`: no spaces, please: a saved run has the names in one line", o->name, text);
         ((char **)o->where)[n] = text;
         ((char **)o->where)[n + 1] = NULL;
         break;
@@ -2424,9 +2411,11 @@ static void settings_agree(char *ours, char *saved)
     for (char *line; (line = strsep(&ours, "\n")) && *line; ) {
         char *was = strsep(&saved, "\n"), *name;
         if (was && !strcmp(line, was)) continue;
-        name = strsep(&line, " "), strsep(&was, " ");
+        name = strsep(&line, " ");
+        if (!was || strcmp(name, strsep(&was, " ")))
+            die("--%s was not given to the saved run; leave it out, or start a run in another --out", name);
         die("--%s is %s, in the saved run it was %s; leave it out, or start a run in another --out",
-            name, line + strspn(line, " "), was ? was + strspn(was, " ") : "");
+            name, line + strspn(line, " "), was + strspn(was, " "));
     }
 }
 
@@ -2497,7 +2486,8 @@ static const char *duration(double s)
     return text;
 }
 
-// Operations per row of a pass that computes the linear products and attention's that many times over.
+// Operations per row of a pass that computes `linear` products per matrix and `attention` times attention's two; a row sees half
+// of T keys on average.
 static double row_work(const Model *model, double T, double linear, double attention)
 {
     const Config *c = &model->config;
@@ -2506,7 +2496,7 @@ static double row_work(const Model *model, double T, double linear, double atten
 
 static double forward_work(const Model *model, double T) { return row_work(model, T, 1, 1); }
 
-// Forward and backward, where dW is computed for a share `density` of the weights.
+// Forward and backward, where dW is computed for a share `density` of the weights; attention's backward pass has five products.
 static double training_work(const Model *model, double T, double density) { return row_work(model, T, 2 + density, 3.5); }
 
 // The line at the bottom of a terminal, five times a second at most; a pipe does not see it.
@@ -2540,7 +2530,7 @@ static size_t updates_before(const Run *run, size_t pass)
 static int state_save(Run *run, const char *path)
 {
     Model *model = &run->model;
-    size_t trained = trained_values(model), s = 9;
+    size_t trained = model->trained, s = 9;
     double clock[2] = { seconds() - run->start, run->done };
     uint64_t *entries = allocate(matrices(model), sizeof(uint64_t));
     Section section[13] = {
@@ -2621,7 +2611,7 @@ static void state_load(Run *run, const char *path)
         adapter_load(model, &file);
         trained_arenas(model, delta_tensor(model, 0), gates_tensor(model) + 1);
     }
-    size_t trained = trained_values(model);
+    size_t trained = model->trained;
     if (opt.method == METHOD_FULL) memcpy(model->base_arena, numbers(&file, "weights", trained), trained * sizeof(float));
     memcpy(model->m_arena, numbers(&file, "m", trained), trained * sizeof(float));
     memcpy(model->v_arena, numbers(&file, "v", trained), trained * sizeof(float));
@@ -2665,16 +2655,16 @@ static Score evaluate(Run *run, const char *label, const Data *data)
         stop_if_asked(run);
         progress(run, data->column, (double)e / (double)data->examples, -1, 0);
     }
+    if (run->details && ferror(run->details)) die("%s: cannot be written: %s", opt.details, strerror(errno));
     free(token);
     free(text);
-    if (run->details && fflush(run->details)) die("%s: cannot be written: %s", opt.details, strerror(errno));
     return score_verdicts(run->verdict, data);
 }
 
 // The examples of one pass: whole permutations of the data, a fresh one each time round, cut off at `count`.
 static uint32_t *visit_order(const Data *data, size_t count, uint64_t seed, size_t pass)
 {
-    uint32_t *order = allocate((count + data->examples - 1) / data->examples * data->examples, sizeof(uint32_t));
+    uint32_t *order = integers((count + data->examples - 1) / data->examples * data->examples);
     for (size_t at = 0, epoch = 0; at < count; at += data->examples, epoch++)
         shuffle(order + at, data->examples, random_key(seed, STREAM_ORDER, pass, epoch));
     return order;
@@ -2812,7 +2802,7 @@ static char glyph(const Data *data, uint32_t token)
 static void draw_example(Run *run)
 {
     const Data *data = &run->eval[0];
-    if (!data->glyphs) return;
+    if (!data->glyphs || data->metric == NUMBER) return;
     judge(&run->model, run->verdict, &run->batch, data, 0);
     putchar('\n');
     for (uint32_t t = 0; t < data->answer[0]; t++) {
@@ -2852,9 +2842,14 @@ static void load_data(Run *run)
         largest = max_size(largest, eval->examples);
     }
     run->verdict = allocate(largest, sizeof(Verdict));
+}
+
+static void open_details(Run *run)
+{
     if (!*opt.details) return;
-    run->details = fopen(opt.details, opt.overwrite ? "w" : "wx");
+    run->details = fopen(opt.details, opt.resume ? "a" : opt.overwrite ? "w" : "wx");
     if (!run->details) die("%s: cannot be written: %s (--overwrite replaces it)", opt.details, strerror(errno));
+    setvbuf(run->details, NULL, _IOLBF, 0);             // a run that is killed leaves whole lines
 }
 
 // The number after `key` at the start of a line of a file; infinity if there is none.
@@ -2901,9 +2896,11 @@ static Largest largest_batch(const Run *run, size_t micro)
         b.past |= generates;
         b.T = max_size(b.T, eval->longest);
         b.N = max_size(b.N, generates ? 0 : eval->longest);
+        // answers of as many examples as N tokens hold on average, each as long as the longest: one always fits
         b.M = max_size(b.M, generates ? SLOTS : min_size(b.N, b.N * eval->longest_answer * eval->examples / eval->tokens));
     }
     if (b.N > UINT32_MAX) die("a batch of %zu tokens is too large; take a smaller --micro", b.N);
+    // choices share rows, but each has a copy of the keys
     b.K = run->evals ? max_size(4 * b.N, b.past ? SLOTS * b.T : 0) : 0;
     return b;
 }
@@ -2934,9 +2931,11 @@ static void plan(Run *run)
     size_t weights = base_weights(model), adapted = adapted_weights(model), halved = precision == BF16 && !full ? adapted / 2 : 0;
     size_t beside = values_in(model->tensors + model->base_tensors, model->tensors + model->all_tensors);
     size_t adapter = training && !full ? beside : 0, trained = full ? weights : adapter;
+    struct stat ticket;
+    if (*opt.ticket && !stat(opt.ticket, &ticket)) adapter = (size_t)ticket.st_size / 4;
     size_t acts = acts_layout(model, NULL, batch, training);
     size_t updates = updates_before(run, run->passes + 1), bytes[] = { weights - halved, adapter,
-        trained, 2 * trained, acts, largest_matrix(model), most + run->data.examples + 2 * updates };
+        trained, 2 * trained, acts, largest_matrix(&model->config), most + run->data.examples + 2 * updates };
     const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch", "order and losses" };
     double total = 0, there = 1e-6 * memory_available();
     printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
@@ -2945,6 +2944,7 @@ static void plan(Run *run)
         if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
     printf(" together %.1f MB\n", total);
     if (total > there) {
+        if (!training) die("%.1f MB are needed, %.1f are there (free memory, limit of the cgroup, ulimit -v)", total, there);
         double others = total - 4e-6 * (double)acts, fits = total;
         while (fits > there && micro > 1)
             fits = others + 4e-6 * (double)acts_layout(model, NULL, largest_batch(run, micro /= 2), training);
@@ -2967,7 +2967,7 @@ static void plan(Run *run)
     run->loss = allocate(updates, sizeof(double));
 }
 
-// Every weight is trained, the way a base is made and the baseline that shows what forgetting is; or DeltaW and the gates.
+// What is trained, and how fast: every weight (how a base is made, and what forgetting looks like), or DeltaW and the gates.
 static void prepare_training(Model *model)
 {
     int full = opt.method == METHOD_FULL;
@@ -3030,6 +3030,7 @@ static void run_whole(Run *run, int argc, char **argv)
     if (prepare_more) prepare_more(run);
     run->settings = settings_text();
     if (opt.method != METHOD_EVAL) take_folder();
+    open_details(run);
     fputs(run->settings, stdout);
     plan(run);
     base_read(model, &base, opt.method == METHOD_FULL);

@@ -461,6 +461,13 @@ static void start_baseline(Model *model)
     start_trained(model);
 }
 
+static size_t trained_values(const Model *model)
+{
+    size_t n = 0;
+    for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) if (t->grad) n += t->n;
+    return n;
+}
+
 // One pass, and its row in the table; there, density is the share of trained values.
 static void train_row(Run *run, size_t pass)
 {

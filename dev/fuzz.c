@@ -107,7 +107,7 @@ static void make_run(Run *run)
 
 static void use_adapter(Model *model)
 {
-    float *memory = model->scratch = floats(largest_matrix(model));
+    float *memory = model->scratch = floats(largest_matrix(&model->config));
     for (size_t i = 0; i < model->base_tensors; i++) {
         Tensor *t = &model->tensors[i];
         if (t->adapter < 0) continue;
