@@ -1399,10 +1399,13 @@ static void test_wrong_numbers(void)
         memcpy(cases[i].where, right, 4);
         check_dies(cases[i].what, open_file, &(Opening){ cases[i].kind, path }, cases[i].word);
     }
-    sample.metric = "bleu";
-    sample_write("data", path);
+    for (int i = 0; i < 2; i++) {
+        sample.metric = i ? "a\"c" : "bleu";
+        sample_write("data", path);
+        check_dies(i ? "a name that JSON would have to escape" : "an unknown metric", open_file, &(Opening){ "data", path },
+                   i ? "not a name" : "bleu");
+    }
     sample.metric = "acc";
-    check_dies("an unknown metric", open_file, &(Opening){ "data", path }, "bleu");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -334,6 +334,13 @@ def test_not_finite(runs, long):
     check("the state is good and leads to the same end", runs.run("wild", "--resume")[2] == err)
 
 
+def test_small_stack(runs, long):
+    """Threads whose stacks are small, as libc makes them where `ulimit -s` is small, or unlimited."""
+    for size in (1 << 20, resource.RLIM_INFINITY):
+        status, said, err = runs.run(f"stack{size}", *runs.usual(), threads=2, limits={resource.RLIMIT_STACK: size})
+        check(f"a stack of {size} bytes", status == 0, f"{status} {err}")
+
+
 def test_memory(runs, long):
     """A limit just below the plan is refused with numbers, one that has room for the plan and the program itself is not."""
     usual = runs.usual("--rounds", "0", "--ticket-examples", "200", "--batch", "200")
@@ -448,7 +455,7 @@ def agrees(losses, updates, percent, shown):
 
 
 TESTS = (test_killed, test_terminated, test_full, test_default, test_second_signal, test_disk_full, test_lock, test_other_settings,
-         test_command_lines, test_not_finite, test_memory, test_soak)
+         test_command_lines, test_not_finite, test_small_stack, test_memory, test_soak)
 
 
 def main():
