@@ -147,7 +147,7 @@ typedef struct {
     float *dx, *dxn;           // (N, C)
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
     float *dgate, *dup, *dh;   // (N, F)
-    float *transposed;         // (I, SPAN) of the widest matrix: x^T for the sampled gradient
+    float *transposed;         // (I, SPAN) of the widest matrix for each thread: x^T for the sampled gradient
     float *cached_k, *cached_v;// (K, KV, D); one for all layers or, where there is a past, one per layer, `layer_stride` apart
     size_t layer_stride;
     float *scores;             // a Block of attention for each thread
@@ -272,6 +272,7 @@ static uint32_t *integers(size_t count) { return allocate(count, sizeof(uint32_t
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 static double seconds(void)
 {
@@ -359,13 +360,13 @@ static void shuffle(uint32_t *order, size_t n, uint64_t key)
 //
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial (with the coefficients of Cephes' expf) times a power
 // of two. Within 2 ulp of the true value; 0 below -87, infinity above 88.72, and NaN stays NaN. Unlike libm's it has no branch
-// and no call, so the loops around it become vector code.
+// and no call, so the loops around it become vector code; out of its range it computes nonsense, and only then chooses.
 
 static inline float exponential(float x)
 {
-    const float round_magic = 12582912.0f;          // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    float bounded = x > -88.0f ? x < 89.0f ? x : 89.0f : -88.0f;      // a NaN becomes a number here, and comes back in r
-    float n = (bounded * 1.44269504f + round_magic) - round_magic;
+    const union { float f; uint32_t i; } magic = { 12582912.0f };       // 1.5 * 2^23: adding it leaves the nearest integer in the
+    union { float f; uint32_t i; } rounded = { x * 1.44269504f + magic.f }, low, high;                          // low bits
+    float n = rounded.f - magic.f;
     float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -374,10 +375,11 @@ static inline float exponential(float x)
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int whole = (int)n, half = whole >> 1;          // 2^n in two factors: each is a normal number, even where 2^n is not
-    union { int32_t i; float f; } low = { (half + 127) << 23 }, high = { (whole - half + 127) << 23 };
-    float y = p * low.f * high.f;
-    return x < -87.0f ? 0.0f : x > 88.7228f ? INFINITY : y;
+    int32_t whole = (int32_t)(rounded.i - magic.i), half = whole >> 1;
+    low.i = (uint32_t)(half + 127) << 23;           // 2^n in two factors: each is a normal number, even where 2^n is not
+    high.i = (uint32_t)(whole - half + 127) << 23;
+    float y = x < -87.0f ? 0.0f : p * low.f * high.f;
+    return x > 88.7228f ? INFINITY : y;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -601,18 +603,18 @@ static void matmul_pack(float *to, const float *from, size_t across, size_t alon
 enum { FEW_ROWS = 3 * MR, NEAR_FLOATS = 3 << 11 };
 
 static void matmul_few(float *c, size_t ldc, const float *a, size_t a_row, const float *b, size_t b_col,
-                       size_t M, size_t first, size_t end, size_t K, int add)
+                       size_t M, size_t N, size_t K, int add)
 {
-    size_t whole = K / LANES * LANES;
+    size_t vectors = K / LANES * LANES;
     int near = (M + 2 * NV) * K <= NEAR_FLOATS;
-    for (size_t j = first; j < end; j += NV)
+    for (size_t j = 0; j < N; j += NV)
         for (size_t i = 0; i < M; i += MR) {
             const float *a_r[MR], *b_v[NV];
             vec sum[NV][MR] = { 0 };
             float lane[NV][MR][LANES];
             for (size_t r = 0; r < MR; r++) a_r[r] = a + min_size(i + r, M - 1) * a_row;
-            for (size_t v = 0; v < NV; v++) b_v[v] = b + min_size(j + v, end - 1) * b_col;
-            for (size_t k = 0; k < whole; k += LANES) {
+            for (size_t v = 0; v < NV; v++) b_v[v] = b + min_size(j + v, N - 1) * b_col;
+            for (size_t k = 0; k < vectors; k += LANES) {
                 #pragma GCC unroll 4
                 for (size_t v = 0; v < NV; v++) {
                     const float *next = b_v[0] + NV * (b_col + k) + v * LANES;
@@ -626,48 +628,40 @@ static void matmul_few(float *c, size_t ldc, const float *a, size_t a_row, const
                 }
             }
             memcpy(lane, sum, sizeof sum);
-            for (size_t v = 0; v < min_size(NV, end - j); v++)
+            for (size_t v = 0; v < min_size(NV, N - j); v++)
                 for (size_t r = 0; r < min_size(MR, M - i); r++) {
                     float *to = c + (i + r) * ldc + j + v, total = 0;
                     for (int l = 0; l < LANES; l++) total += lane[v][r][l];
-                    for (size_t k = whole; k < K; k++) total += a_r[r][k] * b_v[v][k];
+                    for (size_t k = vectors; k < K; k++) total += a_r[r][k] * b_v[v][k];
                     *to = add ? *to + total : total;
                 }
         }
 }
 
-// The part of one thread, `id` of a team that shares `pb`: every threads-th panel of b to pack, then every threads-th block of c.
-// In fp32, rows of a that lie along k are read where they are.
-static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
-                        const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add,
-                        float *pb, size_t id, size_t threads)
+// The product on one thread. In fp32, rows of a that lie along k are read where they are.
+static void matmul_alone(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
+                         const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
 {
-    size_t first = N * id / threads, end = N * (id + 1) / threads;
     if (M <= FEW_ROWS && a_col == 1 && b_row == 1 && precision == FP32) {
-        matmul_few(c, ldc, a, a_row, b, b_col, M, first, end, K, add);
+        matmul_few(c, ldc, a, a_row, b, b_col, M, N, K, add);
         return;
     }
     if (M <= MR / 2 && b_col == 1 && precision == FP32) {                // attention's p v, when a token is generated
-        for (size_t i = 0; i < M && !add; i++) memset(c + i * ldc + first, 0, (end - first) * sizeof(float));
+        for (size_t i = 0; i < M && !add; i++) memset(c + i * ldc, 0, N * sizeof(float));
         for (size_t k = 0; k < K; k++)
             for (size_t i = 0; i < M; i++)
-                for (size_t j = first; j < end; j++) c[i * ldc + j] += a[i * a_row + k * a_col] * b[k * b_row + j];
+                for (size_t j = 0; j < N; j++) c[i * ldc + j] += a[i * a_row + k * a_col] * b[k * b_row + j];
         return;
     }
-    size_t blocks = ((M + MC - 1) / MC + threads - 1) / threads * threads;       // a multiple of the threads,
-    size_t mc = ((M + blocks - 1) / blocks + MR - 1) / MR * MR;                    // each of mc <= MC rows
-    size_t per = steps_per_lane();
-    if (!packed_a) packed_a = floats(MC * KC + LANES);
-    float *pa = packed_a;
+    if (!packed_a) packed_a = floats(MC * KC + LANES), packed_b = floats(KC * NC);
+    float *pa = packed_a, *pb = packed_b;
+    size_t blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, MR), per = steps_per_lane();
     for (size_t j0 = 0; j0 < N; j0 += NC)
         for (size_t k0 = 0; k0 < K; k0 += per * KC) {
             size_t nc = min_size(NC, N - j0), kc = min_size(per * KC, K - k0), lanes = (kc + per - 1) / per;
-            for (size_t j = id * NR; j < nc; j += threads * NR)
+            for (size_t j = 0; j < nc; j += NR)
                 matmul_pack(pb + j * lanes, b + k0 * b_row + (j0 + j) * b_col, b_col, b_row, NR, min_size(NR, nc - j), kc);
-            if (threads > 1) {
-                #pragma omp barrier
-            }
-            for (size_t i0 = id * mc; i0 < M; i0 += threads * mc) {
+            for (size_t i0 = 0; i0 < M; i0 += mc) {
                 size_t rows = min_size(mc, M - i0), direct = precision == FP32 && a_col == 1 ? rows / MR * MR : 0;
                 const float *a0 = a + i0 * a_row + k0 * a_col;
                 for (size_t i = direct; i < rows; i += MR)
@@ -682,29 +676,33 @@ static void matmul_part(float *c, size_t ldc, const float *a, size_t a_row, size
                                      min_size(MR, rows - i), cols, add || k0);
                 }
             }
-            if (threads > 1) {
-                #pragma omp barrier
-            }
         }
 }
 
-// Each element of c is one thread's, and its sum has one order: the same bits for any number of threads. A thread among others
-// (attention's) works alone.
+// Threads share c as a grid of rectangles and work alone, each with its own packed slices: none waits for another, and none reads
+// what another has just written. The grid keeps the rectangles' sides, which are what is packed twice, short. Each element of c has
+// one order of its sum: the same bits for any number of threads. A thread among others (attention's) computes all of c.
 static void matmul(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col,
                    const float *b, size_t b_row, size_t b_col, size_t M, size_t N, size_t K, int add)
 {
-    if (M == 0) return;                                  // a batch of prompts' first parts has no answer rows
-    if (!packed_b) packed_b = floats(KC * NC);
-    float *pb = packed_b;                                // the calling thread's, for its whole team
     if (K == 0 && !add)
         for (size_t i = 0; i < M; i++) memset(c + i * ldc, 0, N * sizeof(float));
     if (omp_in_parallel()) {
-        matmul_part(c, ldc, a, a_row, a_col, b, b_row, b_col, M, N, K, add, pb, 0, 1);
+        matmul_alone(c, ldc, a, a_row, a_col, b, b_row, b_col, M, N, K, add);
         return;
     }
     #pragma omp parallel
-    matmul_part(c, ldc, a, a_row, a_col, b, b_row, b_col, M, N, K, add, pb,
-                (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
+    {
+        size_t threads = (size_t)omp_get_num_threads(), id = (size_t)omp_get_thread_num(), down = 1;
+        for (size_t n = 2; n <= threads && M / n >= FEW_ROWS + MR; n++)      // the path to c must not depend on threads
+            if (threads % n == 0 && M / n + N / (threads / n) <= M / down + N / (threads / down)) down = n;
+        size_t across = threads / down, row = id / across, col = id % across;
+        size_t i = round_up(M * row / down, MR), i_end = min_size(M, round_up(M * (row + 1) / down, MR));
+        size_t j = round_up(N * col / across, NR), j_end = min_size(N, round_up(N * (col + 1) / across, NR));
+        if (i < i_end && j < j_end)
+            matmul_alone(c + i * ldc + j, ldc, a + i * a_row, a_row, a_col, b + j * b_col, b_row, b_col,
+                         i_end - i, j_end - j, K, add);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -799,13 +797,14 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
 // Causal attention with grouped queries: head h of q (R, H, D) reads head h / G of k and v (N, KV, D). A row of `query` sees the
 // keys of its own sequence, key_start[s] and on, up to its own position. About QUERIES queries at a time, the G heads of some rows
 // one above the other, meet all keys that they may see: memory grows with T and never with T^2, and the heads of a group share
-// the packed keys. There is one task per sequence and kv head, and no two tasks write to the same place.
-enum { QUERIES = 128 };
+// the packed keys. Forward has a task per sequence, kv head and block, backward, whose blocks add to the same dk and dv, one per
+// sequence and kv head: no two tasks write to the same place.
+enum { QUERIES = 144 };
 
 typedef struct { float *p, *ds, *q, *out, *dout; } Block;          // (queries, wide) twice, (queries, D) three times
 
 // Keys in whole vectors, so that no loop over them has a rest; what is not a key that the query may see is masked.
-static size_t whole_vectors(size_t keys) { return (keys + LANES - 1) / LANES * LANES; }
+static size_t whole_vectors(size_t keys) { return round_up(keys, LANES); }
 static size_t block_floats(size_t G, size_t T, size_t D) { return max_size(QUERIES, G) * (2 * whole_vectors(T) + 3 * D); }
 
 // The block of the calling thread; `scores` has one for each.
@@ -841,12 +840,15 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
 {
     size_t G = H / KV, step = max_size(1, QUERIES / G);
     float scale = 1.0f / sqrtf((float)D);
-    #pragma omp parallel for collapse(2) schedule(dynamic)
+    size_t blocks = (T_max + step - 1) / step;
+    #pragma omp parallel for collapse(3) schedule(dynamic)
     for (size_t s = 0; s < S; s++)
-        for (size_t kv = 0; kv < KV; kv++) {
-            const float *k_s = k + (key_start[s] * KV + kv) * D, *v_s = v + (key_start[s] * KV + kv) * D;   // rows KV * D apart
-            Block b = thread_block(scores, G, T_max, D);
-            for (size_t r0 = query->start[s]; r0 < query->start[s + 1]; r0 += step) {
+        for (size_t kv = 0; kv < KV; kv++)
+            for (size_t block = 0; block < blocks; block++) {
+                size_t r0 = query->start[s] + (blocks - 1 - block) * step;      // the last ones first: they see most keys
+                if (r0 >= query->start[s + 1]) continue;
+                const float *k_s = k + (key_start[s] * KV + kv) * D, *v_s = v + (key_start[s] * KV + kv) * D;    // KV * D apart
+                Block b = thread_block(scores, G, T_max, D);
                 size_t rows = min_size(step, query->start[s + 1] - r0), at = r0 * H + kv * G;
                 size_t keys = query->position[r0 + rows - 1] + 1, wide = whole_vectors(keys);
                 copy_rows(b.q, G * D, q + at * D, H * D, rows, G * D);
@@ -870,7 +872,6 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
                 matmul(b.out, D, b.p, wide, 1, v_s, KV * D, 1, rows * G, D, keys, 0);
                 copy_rows(out + at * D, H * D, b.out, G * D, rows, G * D);
             }
-        }
 }
 
 // The passes in reverse; p is computed again from q, k and lse. dq is written; dk and dv, which G heads share, accumulate.
@@ -920,17 +921,18 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
         }
 }
 
-// h = silu(gate) * up, all (n), with silu(g) = g sigmoid(g).
+// h = silu(gate) * up, all (n), with silu(g) = g sigmoid(g). Threads take whole vectors, because the scalar rest of a loop may fuse
+// its products otherwise, and where the rest is must not depend on them.
 static void swiglu_forward(float *h, const float *gate, const float *up, size_t n)
 {
-    #pragma omp parallel for simd
+    #pragma omp parallel for simd schedule(static, 1024)
     for (size_t i = 0; i < n; i++) h[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
 // dup = dh silu(gate)          dgate = dh up silu'(gate), silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g)))
 static void swiglu_backward(float *dgate, float *dup, const float *dh, const float *gate, const float *up, size_t n)
 {
-    #pragma omp parallel for simd
+    #pragma omp parallel for simd schedule(static, 1024)
     for (size_t i = 0; i < n; i++) {
         float g = gate[i], sigmoid = 1.0f / (1.0f + exponential(-g));
         dup[i] = dh[i] * g * sigmoid;
@@ -1069,9 +1071,10 @@ void sampled_row(float *dw, const vec *dy_o, const float *x_t, const uint32_t *i
 }
 
 // dw[k] = entry index[k] of dy^T x: only the survivors are differentiated, each a dot product of two rows of the transposes.
-// x_t is scratch for x^T (I rounded up to LANES, SPAN), which all threads fill and read; of dy^T each thread makes
-// LANES rows at a time, where it needs them; its share is whole blocks of rows, about as many entries as the others'.
-static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *x_t, size_t N)
+// Each thread has its own x^T, (I rounded up to LANES, SPAN) of `transposed`: reading what another core has just written would cost
+// more than to transpose it again. Of dy^T it makes LANES rows at a time, where it needs them. Its share of the rows is whole
+// blocks, with about as many entries as the others'.
+static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *transposed, size_t N)
 {
     size_t O = delta->rows, I = delta->cols;
     const uint32_t *index = delta->index;
@@ -1082,10 +1085,10 @@ static void sampled_product(float *dw, const Tensor *delta, const float *x, cons
         size_t first = delta->n * id / threads, last = delta->n * (id + 1) / threads;
         size_t o_first = first < delta->n ? index[first] / I / LANES * LANES : O;
         size_t o_end = last < delta->n ? index[last] / I / LANES * LANES : O;
+        float *x_t = transposed + id * round_up(I, LANES) * SPAN;
         while (first && index[first - 1] >= o_first * I) first--;
         for (size_t n = 0; n < N; n += rows) {
             rows = min_size(N - n, steps_per_lane() * SPAN);
-            #pragma omp for
             for (size_t i = 0; i < I; i += LANES) transpose_lanes(x_t + i * SPAN, x + n * I + i, I, rows, I - i);
             for (size_t o0 = o_first, end = first; o0 < o_end; o0 += LANES) {
                 vec dy_t[LANES][SPAN / LANES];
@@ -1097,7 +1100,6 @@ static void sampled_product(float *dw, const Tensor *delta, const float *x, cons
                     else                   sampled_row(dw + k, dy_t[o - o0], x_t, index + k, o * I, end - k, BF16);
                 }
             }
-            #pragma omp barrier
         }
     }
 }
@@ -1996,7 +1998,7 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
     const Config *c = &model->config;
     Activations *a = &model->acts;
     Arena arena = { memory, 0 };
-    size_t N = batch.N, T = batch.T, M = batch.M, caches = batch.past ? c->L : 1;
+    size_t N = batch.N, T = batch.T, M = batch.M, caches = batch.past ? c->L : 1, threads = (size_t)omp_get_max_threads();
     size_t C = c->C, F = c->F, HD = (size_t)c->H * c->D, KVD = (size_t)c->KV * c->D;
     int own = training && precision == FP32 && !a->recompute;
     if (!a->layer) a->layer = allocate(c->L + 1, sizeof(Layer));
@@ -2018,7 +2020,7 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
     a->layer_stride = batch.past ? batch.K * KVD : 0;
     a->cached_k = take(&arena, caches * batch.K * KVD), a->cached_v = take(&arena, caches * batch.K * KVD);
     a->xn = take(&arena, N * C), a->rstd = take(&arena, max_size(N, M)), a->h = take(&arena, N * F);
-    a->scores = take(&arena, (size_t)omp_get_max_threads() * block_floats(c->H / c->KV, T, c->D));
+    a->scores = take(&arena, threads * block_floats(c->H / c->KV, T, c->D));
     a->cosine = take(&arena, T * c->D / 2), a->sine = take(&arena, T * c->D / 2);
     a->xm = take(&arena, M * C), a->xf = take(&arena, M * C);
     a->logits = take(&arena, min_size(HEAD_ROWS, M) * c->V), a->logp = take(&arena, M), a->best = (uint32_t *)take(&arena, M);
@@ -2026,7 +2028,7 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
     a->dx = take(&arena, N * C), a->dxn = take(&arena, N * C), a->dxm = take(&arena, M * C), a->dxf = take(&arena, M * C);
     a->dq = take(&arena, N * HD), a->dk = take(&arena, N * KVD), a->dv = take(&arena, N * KVD), a->datt = take(&arena, N * HD);
     a->dgate = take(&arena, N * F), a->dup = take(&arena, N * F), a->dh = take(&arena, N * F);
-    a->transposed = take(&arena, SPAN * (max_size(C, max_size(F, HD)) + LANES));
+    a->transposed = take(&arena, threads * SPAN * round_up(max_size(C, max_size(F, HD)), LANES));
     return arena.used;
 }
 

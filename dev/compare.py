@@ -13,8 +13,8 @@ everything, and lora16. Every method gets LAST examples in its last pass. RIGSA 
 in RIGSA's rounds and in LT-SFT's first pass, FIRST together; with --budget total the methods that have only one pass get
 these examples as well: once a comparison at equal last pass, once at equal total, `both` for those two.
 
-compare.csv has a row per run: method, budget, lr, seed, density (trained values of the last pass / entries), seconds, and the score
-of each evaluation set; `base` is the base itself. The folders of the runs are beside it, for dev/plot.py.
+compare.csv has a row per run: method, budget, lr, seed, density (trained values of the last pass / entries) and the score of each
+evaluation set; `base` is the base itself. The folders of the runs are beside it, for dev/plot.py.
 """
 import argparse
 import csv
@@ -85,13 +85,12 @@ def read_table(path):
 
 def train(args, run):
     """Makes a run; its rows: that of the base, and that of the last pass. RuntimeError, in one line, when it fails."""
-    out, start = folder(args, run), time.time()
+    out = folder(args, run)
     result = subprocess.run(["./train_baselines", *map(str, run["options"]), "--out", out, "--overwrite"],
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{out}: {result.stderr.strip()}")
     table = read_table(out)
-    run["seconds"] = time.time() - start
     return table[0], table[-1]
 
 
@@ -144,10 +143,10 @@ def main():
                 sets = list(scores(base))
                 writer = csv.writer(file)
                 if file.tell() == 0:
-                    writer.writerow(["method", "budget", "share", "lr", "seed", "density", "seconds", *sets])
-                    writer.writerow(["base", "", args.share, 0, 0, 0, 0, *scores(base).values()])
+                    writer.writerow(["method", "budget", "share", "lr", "seed", "density", *sets])
+                    writer.writerow(["base", "", args.share, 0, 0, 0, *scores(base).values()])
                 writer.writerow([run["method"], run["budget"], args.share, f"{run['lr']:g}", run["seed"], last["density"],
-                                 f"{run['seconds']:.0f}", *scores(last).values()])
+                                 *scores(last).values()])
                 file.flush()
                 finished += run["cost"]
                 left = (time.time() - start) * (total - finished) / finished

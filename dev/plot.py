@@ -168,7 +168,7 @@ def main():
     try:
         if os.path.exists(os.path.join(folder, "compare.csv")):
             rows = read(os.path.join(folder, "compare.csv"))
-            sets = list(rows[0])[list(rows[0]).index("seconds") + 1:]
+            sets = list(rows[0])[list(rows[0]).index("density") + 1:]
             draw_tradeoff(rows, sets, folder)
             write_table(rows, sets, folder)
             draw_losses(middle_runs(rows, folder), folder)
