@@ -90,7 +90,8 @@ static int by_size(const void *a, const void *b)
 }
 
 // Times up to two jobs by turns, in ROUNDS rounds of ROUND_SECONDS or one call each; less only of calls that take seconds. Before a
-// job's turn all threads of the other one get the time to fall asleep: OpenBLAS's spin for 26 ms.
+// job's turn all threads of the other one get the time to fall asleep (OpenBLAS's spin for 26 ms), and its own to find cores of their
+// own: a thread that wakes up may share one with another for 30 ms.
 static void measure(Timing *timing, size_t count)
 {
     static double taken[2][ROUNDS * MOST_CALLS];
@@ -99,7 +100,10 @@ static void measure(Timing *timing, size_t count)
     for (int round = 0; round < ROUNDS; round++)
         for (size_t t = 0; t < count; t++) {
             if (all[t] > ENOUGH_SECONDS) continue;
-            if (count > 1) nanosleep(&(struct timespec){ .tv_nsec = 40000000 }, NULL);
+            if (count > 1) {
+                nanosleep(&(struct timespec){ .tv_nsec = 40000000 }, NULL);
+                for (double woken = seconds(); seconds() < woken + 0.05; ) timing[t].run(timing[t].job);
+            }
             double begin = seconds(), last = begin;
             for (int i = 0; i < MOST_CALLS && (i == 0 || last - begin < ROUND_SECONDS); i++) {
                 timing[t].run(timing[t].job);
