@@ -921,18 +921,25 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
         }
 }
 
-// h = silu(gate) * up, all (n), with silu(g) = g sigmoid(g). Threads take whole vectors, because the scalar rest of a loop may fuse
-// its products otherwise, and where the rest is must not depend on them.
+// How many of n elements are a thread's, in whole vectors: the scalar rest of a loop may fuse its products otherwise, and which elements
+// that concerns must not depend on the number of threads.
+static size_t share_of(size_t n)
+{
+    size_t threads = (size_t)omp_get_max_threads();
+    return round_up((n + threads - 1) / threads, 64);
+}
+
+// h = silu(gate) * up, all (n), with silu(g) = g sigmoid(g).
 static void swiglu_forward(float *h, const float *gate, const float *up, size_t n)
 {
-    #pragma omp parallel for simd schedule(static, 1024)
+    #pragma omp parallel for simd schedule(static, share_of(n))
     for (size_t i = 0; i < n; i++) h[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
 // dup = dh silu(gate)          dgate = dh up silu'(gate), silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g)))
 static void swiglu_backward(float *dgate, float *dup, const float *dh, const float *gate, const float *up, size_t n)
 {
-    #pragma omp parallel for simd schedule(static, 1024)
+    #pragma omp parallel for simd schedule(static, share_of(n))
     for (size_t i = 0; i < n; i++) {
         float g = gate[i], sigmoid = 1.0f / (1.0f + exponential(-g));
         dup[i] = dh[i] * g * sigmoid;
