@@ -147,7 +147,7 @@ typedef struct {
     float *dx, *dxn;           // (N, C)
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
     float *dgate, *dup, *dh;   // (N, F)
-    float *transposed;         // (I, SPAN) of the widest matrix for each thread: x^T for the sampled gradient
+    float *transposed;         // (I, SPAN) of the widest matrix, once per thread: x^T for the sampled gradient
     float *cached_k, *cached_v;// (K, KV, D); one for all layers or, where there is a past, one per layer, `layer_stride` apart
     size_t layer_stride;
     float *scores;             // a Block of attention for each thread
@@ -274,6 +274,10 @@ static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
+// A thread's share of n elements, in whole vectors: a loop's scalar rest may fuse its products differently, and which elements
+// are that rest must not depend on the number of threads.
+static size_t share_of(size_t n) { return round_up(n / (size_t)omp_get_max_threads() + 1, 64); }
+
 static double seconds(void)
 {
     struct timespec t;
@@ -364,8 +368,9 @@ static void shuffle(uint32_t *order, size_t n, uint64_t key)
 
 static inline float exponential(float x)
 {
-    const union { float f; uint32_t i; } magic = { 12582912.0f };       // 1.5 * 2^23: adding it leaves the nearest integer in the
-    union { float f; uint32_t i; } rounded = { x * 1.44269504f + magic.f }, low, high;                          // low bits
+    // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+    const union { float f; uint32_t i; } magic = { 12582912.0f };
+    union { float f; uint32_t i; } rounded = { x * 1.44269504f + magic.f }, low, high;
     float n = rounded.f - magic.f;
     float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -426,9 +431,9 @@ enum { LANES = 4, MR = 6, NV = 2 };
 #define LOW_HALVES 0, 4, 1, 5
 #define HIGH_HALVES 2, 6, 3, 7
 #endif
-// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them: a slice of
-// b, KC x NC, which all threads share and which stays in L3, and per thread a block of a, MC x KC, which stays in L2.
-enum { NR = NV * LANES, KC = 576, MC = 96, NC = 32 * NR };
+// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them. Each thread
+// has its own: a slice of b, KC x NC (3.5 MB with AVX-512), for L3, and a block of a, MC x KC, for L2.
+enum { NR = NV * LANES, KC = 576, MC = 96, NC = 32 * NR, PACKED_A = MC * KC + LANES, PACKED_B = KC * NC };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
 
@@ -463,7 +468,8 @@ static inline float pair_bf16(float low, float high)
 
 static inline vec broadcast(float x) { return x - (vec){ 0 }; }          // x + 0 would not be x where x is -0
 
-// sum + a b, lane by lane: one product in fp32, two in bf16. The instruction and its portable twin differ only in rounding.
+// sum + a b, lane by lane: one product in fp32, two in bf16. The instruction and its portable
+// twin differ in rounding, and the instruction takes denormals for zero.
 static inline __attribute__((always_inline)) vec multiply_add(vec sum, vec a, vec b, Precision of)
 {
     if (of == FP32) return sum + a * b;
@@ -653,7 +659,7 @@ static void matmul_alone(float *c, size_t ldc, const float *a, size_t a_row, siz
                 for (size_t j = 0; j < N; j++) c[i * ldc + j] += a[i * a_row + k * a_col] * b[k * b_row + j];
         return;
     }
-    if (!packed_a) packed_a = floats(MC * KC + LANES), packed_b = floats(KC * NC);
+    if (!packed_a) packed_a = floats(PACKED_A), packed_b = floats(PACKED_B);
     float *pa = packed_a, *pb = packed_b;
     size_t blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, MR), per = steps_per_lane();
     for (size_t j0 = 0; j0 < N; j0 += NC)
@@ -693,8 +699,10 @@ static void matmul(float *c, size_t ldc, const float *a, size_t a_row, size_t a_
     }
     #pragma omp parallel
     {
+        // down x across rectangles with the shortest sides. Each keeps more than FEW_ROWS rows, or all of them: otherwise it would
+        // take another path through matmul_alone than the whole does, and get other bits.
         size_t threads = (size_t)omp_get_num_threads(), id = (size_t)omp_get_thread_num(), down = 1;
-        for (size_t n = 2; n <= threads && M / n >= FEW_ROWS + MR; n++)      // the path to c must not depend on threads
+        for (size_t n = 2; n <= threads && M / n >= FEW_ROWS + MR; n++)
             if (threads % n == 0 && M / n + N / (threads / n) <= M / down + N / (threads / down)) down = n;
         size_t across = threads / down, row = id / across, col = id % across;
         size_t i = round_up(M * row / down, MR), i_end = min_size(M, round_up(M * (row + 1) / down, MR));
@@ -797,8 +805,8 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
 // Causal attention with grouped queries: head h of q (R, H, D) reads head h / G of k and v (N, KV, D). A row of `query` sees the
 // keys of its own sequence, key_start[s] and on, up to its own position. About QUERIES queries at a time, the G heads of some rows
 // one above the other, meet all keys that they may see: memory grows with T and never with T^2, and the heads of a group share
-// the packed keys. Forward has a task per sequence, kv head and block, backward, whose blocks add to the same dk and dv, one per
-// sequence and kv head: no two tasks write to the same place.
+// the packed keys. Forward has one task per sequence, kv head and block. Backward has one per sequence and kv head, because blocks
+// add to the same dk and dv. No two tasks write to the same place.
 enum { QUERIES = 144 };
 
 typedef struct { float *p, *ds, *q, *out, *dout; } Block;          // (queries, wide) twice, (queries, D) three times
@@ -822,7 +830,7 @@ static void copy_rows(float *to, size_t to_stride, const float *from, size_t str
     for (size_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * stride, width * sizeof(float));
 }
 
-// The largest of x (n whole vectors), by LANES running maxima: the order of comparisons is ours to choose, not the compiler's.
+// The largest of x, n floats in whole vectors. LANES running maxima, because a single one is a chain that gcc may not reorder.
 static float maximum(const float *x, size_t n)
 {
     float lane[LANES], highest = x[0];
@@ -919,14 +927,6 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
                 matmul(dk + kv_at, KV * D, b.ds, 1, wide, b.q, D, 1, keys, D, n, 1);
             }
         }
-}
-
-// How many of n elements are a thread's, in whole vectors: the scalar rest of a loop may fuse its products otherwise, and which elements
-// that concerns must not depend on the number of threads.
-static size_t share_of(size_t n)
-{
-    size_t threads = (size_t)omp_get_max_threads();
-    return round_up((n + threads - 1) / threads, 64);
 }
 
 // h = silu(gate) * up, all (n), with silu(g) = g sigmoid(g).
@@ -1040,7 +1040,7 @@ static double sum_of_parts(const double *part)
 // Below this density it is faster to compute the surviving entries of dW one by one than all of them in a dense product.
 #define SAMPLED_BELOW 0.3
 
-enum { SPAN = 128 };         // lanes of rows that are differentiated at a time: x's, transposed, stay in L2 or near it
+enum { SPAN = 128 };         // lanes of rows that are taken at a time: their x^T, (I, SPAN), fits into L2 or nearly
 
 // to (LANES, SPAN) = LANES columns of from (rows, stride), transposed, in lanes as matmul packs them; `cols` of them exist, and
 // zero stands where there are no more rows. Their neighbours, which come next, are fetched meanwhile: they lie a whole row apart,
@@ -1078,8 +1078,8 @@ void sampled_row(float *dw, const vec *dy_o, const float *x_t, const uint32_t *i
 }
 
 // dw[k] = entry index[k] of dy^T x: only the survivors are differentiated, each a dot product of two rows of the transposes.
-// Each thread has its own x^T, (I rounded up to LANES, SPAN) of `transposed`: reading what another core has just written would cost
-// more than to transpose it again. Of dy^T it makes LANES rows at a time, where it needs them. Its share of the rows is whole
+// Each thread has its own x^T, (I rounded up to LANES, SPAN) of `transposed`: to read what another core has just written costs more
+// than to transpose it again (measured with two threads). Of dy^T it makes LANES rows at a time, where it needs them. Its share of the rows is whole
 // blocks, with about as many entries as the others'.
 static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *transposed, size_t N)
 {
@@ -1094,7 +1094,7 @@ static void sampled_product(float *dw, const Tensor *delta, const float *x, cons
         size_t o_end = last < delta->n ? index[last] / I / LANES * LANES : O;
         float *x_t = transposed + id * round_up(I, LANES) * SPAN;
         while (first && index[first - 1] >= o_first * I) first--;
-        for (size_t n = 0; n < N; n += rows) {
+        for (size_t n = 0; n < N && o_first < o_end; n += rows) {
             rows = min_size(N - n, steps_per_lane() * SPAN);
             for (size_t i = 0; i < I; i += LANES) transpose_lanes(x_t + i * SPAN, x + n * I + i, I, rows, I - i);
             for (size_t o0 = o_first, end = first; o0 < o_end; o0 += LANES) {
@@ -1317,7 +1317,7 @@ static void model_backward(Model *model, const Batch *batch)
         memset(acts->dk, 0, N * KV * D * sizeof(float));
         memset(acts->dv, 0, N * KV * D * sizeof(float));
         attention_backward(acts->dq, acts->dk, acts->dv, acts->datt, a->att, a->lse, a->q, a->k, a->v, acts->scores,
-                           rows, batch->all.start, batch->S, H, KV, D, acts->T);
+                           rows, batch->key_start, batch->S, H, KV, D, acts->T);
         rope(acts->dq, acts->cosine, acts->sine, rows->position, R, H, D, -1);
         rope(acts->dk, acts->cosine, acts->sine, batch->all.position, N, KV, D, -1);
         // q = xn Wq^T, k = xn Wk^T, v = xn Wv^T, xn = rmsnorm(x)
@@ -1352,7 +1352,7 @@ static void adamw(float *w, const float *dw, float *m, float *v, size_t n, float
 {
     const float step = (float)(lr / (1 - pow(BETA1, (double)t))), root = (float)(1 / sqrt(1 - pow(BETA2, (double)t)));
     const float shrink = 1.0f - lr * decay;
-    #pragma omp parallel for simd
+    #pragma omp parallel for simd schedule(static, share_of(n))
     for (size_t i = 0; i < n; i++) {
         float g = clip * dw[i];
         m[i] = BETA1 * m[i] + (1 - BETA1) * g;
@@ -2013,14 +2013,14 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
         Layer *layer = &a->layer[l];
         if (l == 0 || own) {
             size_t start = arena.used;
-            layer->x = take(&arena, N * C);
+            layer->x = take(&arena, (l < c->L ? N : M) * C);
             if (l == c->L) break;
             layer->q = take(&arena, N * HD), layer->k = take(&arena, N * KVD), layer->v = take(&arena, N * KVD);
             layer->att = take(&arena, N * HD), layer->x2 = take(&arena, N * C);
             layer->gate = take(&arena, N * F), layer->up = take(&arena, N * F);
             a->keep = a->recompute ? N * C : arena.used - start;
         } else *layer = a->layer[0];
-        if (l == 0 || (training && !a->recompute)) layer->lse = take(&arena, N * c->H);
+        if (l == 0 || (training && !a->recompute && l < c->L)) layer->lse = take(&arena, N * c->H);
         if (training && !own && l < c->L) layer->kept = take(&arena, precision == BF16 ? (a->keep + 1) / 2 : a->keep);
     }
     a->N = N, a->T = T, a->M = M, a->K = batch.K;
@@ -2489,6 +2489,7 @@ typedef struct {
 static const char *duration(double s)
 {
     static char text[32];
+    s = round(s);
     if (s < 120) snprintf(text, 32, "%.0f s", s);
     else if (s < 7200) snprintf(text, 32, "%.0f min %02.0f s", floor(s / 60), fmod(s, 60));
     else snprintf(text, 32, "%.0f h %02.0f min", floor(s / 3600), floor(fmod(s, 3600) / 60));
@@ -2516,7 +2517,7 @@ static void progress(Run *run, const char *what, double part, double loss, doubl
     run->shown = now;
     printf("\r\033[K  %-8s %3.0f %%", what, 100 * part);
     if (loss >= 0) printf("   loss %.4f   %.0f tokens/s", loss, tokens_per_second);
-    if (run->done > 0) printf("   %s left", duration(elapsed * (run->work - run->done) / run->done));
+    if (run->done > 0) printf("   %s left", duration(elapsed * fmax(0, run->work - run->done) / run->done));
     fflush(stdout);
 }
 
@@ -2904,7 +2905,7 @@ static Largest largest_batch(const Run *run, size_t micro)
         int generates = eval->metric == NUMBER;
         b.past |= generates;
         b.T = max_size(b.T, eval->longest);
-        b.N = max_size(b.N, generates ? 0 : eval->longest);
+        b.N = max_size(b.N, generates ? SLOTS : eval->longest);
         // answers of as many examples as N tokens hold on average, each as long as the longest: one always fits
         b.M = max_size(b.M, generates ? SLOTS : min_size(b.N, b.N * eval->longest_answer * eval->examples / eval->tokens));
     }
@@ -2930,7 +2931,7 @@ static void plan(Run *run)
     if (opt.ticket_examples == 0) opt.ticket_examples = (double)run->data.examples;
     if (opt.method == METHOD_RIGSA) run->passes = (size_t)opt.rounds + 1;
     if (opt.method == METHOD_FULL) run->passes = 1;
-    for (size_t p = 1; p <= run->passes; p++, density *= 0.5) {
+    for (size_t p = 1; p <= run->passes; p++, density *= 0.9 * opt.keep) {          // a tenth flips, or so
         pass_work += training_work(model, mean, density) * mean * (double)pass_examples(run, p);
         most = max_size(most, pass_examples(run, p));
     }
@@ -2941,10 +2942,12 @@ static void plan(Run *run)
     size_t beside = values_in(model->tensors + model->base_tensors, model->tensors + model->all_tensors);
     size_t adapter = training && !full ? beside : 0, trained = full ? weights : adapter;
     struct stat ticket;
+    // pruned, an entry has an index besides: 5 numbers where a dense one has 4
+    if (opt.method == METHOD_RIGSA && run->passes > 1) adapter = (size_t)(fmax(1, 5 * opt.keep - 3) * (double)beside);
     if (*opt.ticket && !stat(opt.ticket, &ticket)) adapter = (size_t)ticket.st_size / 4;
-    size_t acts = acts_layout(model, NULL, batch, training);
+    size_t acts = acts_layout(model, NULL, batch, training), packed = (size_t)omp_get_max_threads() * (PACKED_A + PACKED_B);
     size_t updates = updates_before(run, run->passes + 1), bytes[] = { weights - halved, adapter,
-        trained, 2 * trained, acts, largest_matrix(&model->config), most + run->data.examples + 2 * updates };
+        trained, 2 * trained, acts, largest_matrix(&model->config) + packed, most + run->data.examples + 2 * updates };
     const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch", "order and losses" };
     double total = 0, there = 1e-6 * memory_available();
     printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; %zu of them in the %zu matrices to adapt\nmemory  ",
