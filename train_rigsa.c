@@ -431,9 +431,10 @@ enum { LANES = 4, MR = 6, NV = 2 };
 #define LOW_HALVES 0, 4, 1, 5
 #define HIGH_HALVES 2, 6, 3, 7
 #endif
-// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them. Each thread
-// has its own: a slice of b, KC x NC (3.5 MB with AVX-512), for L3, and a block of a, MC x KC, for L2.
-enum { NR = NV * LANES, KC = 576, MC = 96, NC = 32 * NR, PACKED_A = MC * KC + LANES, PACKED_B = KC * NC };
+// So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles read them. Each
+// thread has its own: a slice of b, KC x NC (3.5 MB with AVX-512), for L3, and a block of a, MC x KC, for L2.
+enum { NR = NV * LANES, KC = 576, MC = 96, NC = 32 * NR };
+enum { PACKED_A = MC * KC + LANES, PACKED_B = KC * NC };              // floats; a block's last store may spill over
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
 
@@ -1079,8 +1080,8 @@ void sampled_row(float *dw, const vec *dy_o, const float *x_t, const uint32_t *i
 
 // dw[k] = entry index[k] of dy^T x: only the survivors are differentiated, each a dot product of two rows of the transposes.
 // Each thread has its own x^T, (I rounded up to LANES, SPAN) of `transposed`: to read what another core has just written costs more
-// than to transpose it again (measured with two threads). Of dy^T it makes LANES rows at a time, where it needs them. Its share of the rows is whole
-// blocks, with about as many entries as the others'.
+// than to transpose it again (measured with two threads). Of dy^T it makes LANES rows at a time, where it needs them. Its share
+// of the rows is whole blocks, with about as many entries as the others'.
 static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *transposed, size_t N)
 {
     size_t O = delta->rows, I = delta->cols;
