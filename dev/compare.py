@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROUNDS, ROUND, LAST = 5, 12800, 48000  # RIGSA's defaults: examples of a round, and of the last pass
 FIRST = ROUNDS * ROUND
-SIZE = 0.03545  # density of the nano ticket, 9802 entries: LoRA's rank becomes 2 (9792 values), RoSA's 1 with half of the mask
+SIZE = 0.03545  # density of the nano ticket, 9803 entries: LoRA's rank becomes 2 (9792 values), RoSA's 1 with half of the mask
 GATE = 7 / 3  # RIGSA's learning rate of the gates, relative to that of DeltaW
 
 LOW, MIDDLE, HIGH = (3e-5, 1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2)
