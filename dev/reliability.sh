@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long versions of the reliability tests (an hour on one core), for doc/reliability.md: eight builds, valgrind, ThreadSanitizer,
+# The long versions of the reliability tests (two hours on one core), for doc/reliability.md: eight builds, valgrind, ThreadSanitizer,
 # interruptions by the dozen, a million hostile files per reader.
 #
 #     dev/reliability.sh [builds|valgrind|threads|runs|fuzz ...]        all of them without a word
