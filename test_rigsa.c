@@ -537,6 +537,7 @@ static void test_rope(void)
 
 // Three sequences, the second of more than QUERIES queries (rows times the heads of a group). The inputs are q, k, v.
 enum { ATT_S = 3, ATT_T = 70, ATT_N = 74, ATT_H = 6, ATT_KV = 2, ATT_D = 4, ATT_ALL = ATT_N * ATT_KV * ATT_D };
+_Static_assert(ATT_T * ATT_H / ATT_KV > QUERIES, "attention must cross a block");
 static uint32_t ATT_KEYS[ATT_S + 1] = { 0, 3, 73, 74 };
 static Rows query;
 static float *scores;

@@ -849,7 +849,9 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
 {
     size_t G = H / KV, step = max_size(1, QUERIES / G);
     float scale = 1.0f / sqrtf((float)D);
-    size_t blocks = (T_max + step - 1) / step;
+    size_t longest = 0;                                  // of the sequences' queries: one each when tokens are generated
+    for (size_t s = 0; s < S; s++) longest = max_size(longest, query->start[s + 1] - query->start[s]);
+    size_t blocks = (longest + step - 1) / step;
     #pragma omp parallel for collapse(3) schedule(dynamic)
     for (size_t s = 0; s < S; s++)
         for (size_t kv = 0; kv < KV; kv++)
@@ -1042,6 +1044,7 @@ static double sum_of_parts(const double *part)
 #define SAMPLED_BELOW 0.3
 
 enum { SPAN = 128 };         // lanes of rows that are taken at a time: their x^T, (I, SPAN), fits into L2 or nearly
+static size_t transposed_floats(size_t I) { return whole_vectors(I) * SPAN; }                  // of one thread
 
 // to (LANES, SPAN) = LANES columns of from (rows, stride), transposed, in lanes as matmul packs them; `cols` of them exist, and
 // zero stands where there are no more rows. Their neighbours, which come next, are fetched meanwhile: they lie a whole row apart,
@@ -1079,7 +1082,7 @@ void sampled_row(float *dw, const vec *dy_o, const float *x_t, const uint32_t *i
 }
 
 // dw[k] = entry index[k] of dy^T x: only the survivors are differentiated, each a dot product of two rows of the transposes.
-// Each thread has its own x^T, (I rounded up to LANES, SPAN) of `transposed`: to read what another core has just written costs more
+// Each thread has its own x^T, transposed_floats(I) of `transposed`: to read what another core has just written costs more
 // than to transpose it again (measured with two threads). Of dy^T it makes LANES rows at a time, where it needs them. Its share
 // of the rows is whole blocks, with about as many entries as the others'.
 static void sampled_product(float *dw, const Tensor *delta, const float *x, const float *dy, float *transposed, size_t N)
@@ -1093,7 +1096,7 @@ static void sampled_product(float *dw, const Tensor *delta, const float *x, cons
         size_t first = delta->n * id / threads, last = delta->n * (id + 1) / threads;
         size_t o_first = first < delta->n ? index[first] / I / LANES * LANES : O;
         size_t o_end = last < delta->n ? index[last] / I / LANES * LANES : O;
-        float *x_t = transposed + id * round_up(I, LANES) * SPAN;
+        float *x_t = transposed + id * transposed_floats(I);
         while (first && index[first - 1] >= o_first * I) first--;
         for (size_t n = 0; n < N && o_first < o_end; n += rows) {
             rows = min_size(N - n, steps_per_lane() * SPAN);
@@ -1992,7 +1995,7 @@ typedef struct { float *memory; size_t used; } Arena;
 static float *take(Arena *arena, size_t n)
 {
     float *p = arena->memory ? arena->memory + arena->used : NULL;
-    arena->used += (n + 15) / 16 * 16;                      // every array starts on a cache line
+    arena->used += round_up(n, 16);                         // every array starts on a cache line
     return p;
 }
 
@@ -2036,7 +2039,7 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
     a->dx = take(&arena, N * C), a->dxn = take(&arena, N * C), a->dxm = take(&arena, M * C), a->dxf = take(&arena, M * C);
     a->dq = take(&arena, N * HD), a->dk = take(&arena, N * KVD), a->dv = take(&arena, N * KVD), a->datt = take(&arena, N * HD);
     a->dgate = take(&arena, N * F), a->dup = take(&arena, N * F), a->dh = take(&arena, N * F);
-    a->transposed = take(&arena, threads * SPAN * round_up(max_size(C, max_size(F, HD)), LANES));
+    a->transposed = take(&arena, threads * transposed_floats(max_size(C, max_size(F, HD))));
     return arena.used;
 }
 

@@ -152,7 +152,8 @@ static void bench_sampled(void)
         printf("\n");
         for (size_t m = 1; m < COUNT_OF(MODELS); m++) {
             size_t O = MODELS[m].config.F, I = MODELS[m].config.C, N = MODELS[m].rows, size = O * I;
-            float *x = random_floats(N * I), *dy = random_floats(N * O), *dw = floats(size), *transposed = floats((size_t)omp_get_max_threads() * SPAN * round_up(I, LANES));
+            float *x = random_floats(N * I), *dy = random_floats(N * O), *dw = floats(size);
+            float *transposed = floats((size_t)omp_get_max_threads() * transposed_floats(I));
             uint32_t *index = integers(size);
             Product product = { dw, dy, x, I, 1, O, I, 1, O, I, N };
             for (size_t d = 0; d < COUNT_OF(DENSITY); d++) {
