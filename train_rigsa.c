@@ -1622,28 +1622,25 @@ static const float *numbers(const File *file, const char *tag, size_t count)
     return x;
 }
 
-// Writes the sections, or without a `kind` the plain text of one, to a temporary name, syncs, renames, and syncs the folder:
-// whatever happens, `path` is either the old file or the new one, whole. Returns 0, or the errno of what went wrong.
-static int file_write(const char *path, const char *kind, const Section *section, size_t count)
+// Files are written under a temporary name, synced and renamed, and the folder is synced: whatever happens, `path` is either the old
+// file or the new one, whole.
+static void temporary_path(char temporary[PATH_MAX + 8], const char *path) { snprintf(temporary, PATH_MAX + 8, "%s.tmp", path); }
+
+static FILE *file_begin(const char *path)
 {
     char temporary[PATH_MAX + 8];
-    snprintf(temporary, sizeof temporary, "%s.tmp", path);
-    FILE *f = fopen(temporary, "wb");
+    temporary_path(temporary, path);
+    return fopen(temporary, "wb");
+}
+
+// f, from file_begin, becomes `path`. Returns 0, or the errno of what went wrong: then the file of before is still there.
+static int file_end(FILE *f, const char *path)
+{
+    char temporary[PATH_MAX + 8];
+    int error = 0;
     if (!f) return errno;
-    static const char zeros[8];
-    FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
-    memcpy(header.magic, MAGIC, sizeof MAGIC);
-    if (kind) memcpy(header.kind, kind, sizeof header.kind);
-    for (size_t s = 0; s < count; s++) header.length += sizeof(SectionHeader) + padded(section[s].length);
-    int good = !kind || fwrite(&header, sizeof header, 1, f) == 1, error = 0;
-    for (const Section *s = section; good && s < section + count; s++) {
-        SectionHeader head = { .length = s->length, .hash = hash64(s->data, s->length) };
-        size_t before = kind ? sizeof head : 0, after = kind ? padded(s->length) - s->length : 0;
-        memcpy(head.tag, s->tag, min_size(strlen(s->tag), sizeof head.tag));
-        good = fwrite(&head, 1, before, f) == before && fwrite(s->data, 1, s->length, f) == s->length
-            && fwrite(zeros, 1, after, f) == after;
-    }
-    if (!good || fflush(f) || fsync(fileno(f))) error = errno;
+    temporary_path(temporary, path);
+    if (ferror(f) || fflush(f) || fsync(fileno(f))) error = errno;
     if (fclose(f) && !error) error = errno;
     if (!error && rename(temporary, path)) error = errno;
     if (error) { unlink(temporary); return error; }
@@ -1652,6 +1649,27 @@ static int file_write(const char *path, const char *kind, const Section *section
     int folder = open(slash ? temporary : ".", O_RDONLY);
     if (folder >= 0) fsync(folder), close(folder);
     return 0;
+}
+
+// A file of sections. Returns 0 or an errno.
+static int file_write(const char *path, const char *kind, const Section *section, size_t count)
+{
+    FILE *f = file_begin(path);
+    if (!f) return errno;
+    static const char zeros[8];
+    FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
+    memcpy(header.magic, MAGIC, sizeof MAGIC);
+    memcpy(header.kind, kind, sizeof header.kind);
+    for (size_t s = 0; s < count; s++) header.length += sizeof(SectionHeader) + padded(section[s].length);
+    fwrite(&header, sizeof header, 1, f);
+    for (const Section *s = section; !ferror(f) && s < section + count; s++) {
+        SectionHeader head = { .length = s->length, .hash = hash64(s->data, s->length) };
+        memcpy(head.tag, s->tag, min_size(strlen(s->tag), sizeof head.tag));
+        fwrite(&head, sizeof head, 1, f);
+        fwrite(s->data, 1, s->length, f);
+        fwrite(zeros, 1, padded(s->length) - s->length, f);
+    }
+    return file_end(f, path);
 }
 
 static void must_write(const char *path, int error) { if (error) die("%s: cannot be written: %s", path, strerror(error)); }
@@ -2482,6 +2500,7 @@ typedef struct {
     size_t rows;
     double *loss;                       // of every update of the run; how many there are says where in its pass the run is
     size_t updates;
+    uint32_t *order;                    // (examples of the longest pass, rounded up to whole epochs) the order of a pass
     uint64_t hash[2 + MAX_EVALS];       // of the base's weights, the data, the evaluation sets
     double start, saved, shown;         // seconds
     double work, done;                  // operations of the whole run, and so far
@@ -2559,33 +2578,34 @@ static int state_save(Run *run, const char *path)
     return error;
 }
 
-// table.csv and loss.csv of the run so far, written anew.
-static int tables_save(const Run *run)
+// table.csv and loss.csv of the run so far, written anew. Return 0 or an errno.
+static int table_save(const Run *run)
 {
-    size_t size[2];
-    int error = 0;
-    char path[PATH_MAX], *text[2];
-    FILE *table_csv = open_memstream(&text[0], &size[0]), *loss_csv = open_memstream(&text[1], &size[1]);
-    fprintf(table_csv, "round,density,kept,flipped");
-    for (size_t i = 0; i < run->evals; i++) fprintf(table_csv, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
-    fprintf(table_csv, ",seconds\n");
+    char path[PATH_MAX];
+    FILE *f = file_begin(output_path("table.csv", path));
+    if (!f) return errno;
+    fprintf(f, "round,density,kept,flipped");
+    for (size_t i = 0; i < run->evals; i++) fprintf(f, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
+    fprintf(f, ",seconds\n");
     for (size_t r = 0; r < run->rows; r++) {
         const Row *row = &run->row[r];
-        fprintf(table_csv, "%s,%.6f,%.6f,%.6f", run->label[r], row->density, row->kept, row->flipped);
-        for (size_t i = 0; i < run->evals; i++) fprintf(table_csv, ",%.6f,%.6f", row->score[i].value, row->score[i].error);
-        fprintf(table_csv, ",%.1f\n", row->seconds);
+        fprintf(f, "%s,%.6f,%.6f,%.6f", run->label[r], row->density, row->kept, row->flipped);
+        for (size_t i = 0; i < run->evals; i++) fprintf(f, ",%.6f,%.6f", row->score[i].value, row->score[i].error);
+        fprintf(f, ",%.1f\n", row->seconds);
     }
-    fprintf(loss_csv, "pass,update,loss\n");
+    return file_end(f, path);
+}
+
+static int losses_save(const Run *run)
+{
+    char path[PATH_MAX];
+    FILE *f = file_begin(output_path("loss.csv", path));
+    if (!f) return errno;
+    fprintf(f, "pass,update,loss\n");
     for (size_t pass = 1, at = 0; at < run->updates; pass++)
         for (size_t t = 1, end = updates_before(run, pass + 1); at < min_size(end, run->updates); t++)
-            fprintf(loss_csv, "%s,%zu,%.6f\n", run->label[pass], t, run->loss[at++]);
-    fclose(table_csv);
-    fclose(loss_csv);
-    for (int i = 0; i < 2; free(text[i++])) {
-        Section csv = { "text", text[i], size[i] };
-        if (!error) error = file_write(output_path(i ? "loss.csv" : "table.csv", path), NULL, &csv, 1);
-    }
-    return error;
+            fprintf(f, "%s,%zu,%.6f\n", run->label[pass], t, run->loss[at++]);
+    return file_end(f, path);
 }
 
 // Returns 0 or an errno, of which it warns: a full disk may be empty again when the next save is due.
@@ -2593,7 +2613,8 @@ static int save(Run *run)
 {
     char path[PATH_MAX];
     int error = state_save(run, output_path("state.bin", path));
-    if (!error) error = tables_save(run);
+    if (!error) error = table_save(run);
+    if (!error) error = losses_save(run);
     clear_line(run);
     if (error) fprintf(stderr, "train_rigsa: warning: %s: not saved: %s; what was saved before stays\n", opt.out, strerror(error));
     run->saved = seconds();
@@ -2675,13 +2696,11 @@ static Score evaluate(Run *run, const char *label, const Data *data)
     return score_verdicts(run->verdict, data);
 }
 
-// The examples of one pass: whole permutations of the data, a fresh one each time round, cut off at `count`.
-static uint32_t *visit_order(const Data *data, size_t count, uint64_t seed, size_t pass)
+// order = the examples of one pass: whole permutations of the data, a fresh one each time round, until there are `count`.
+static void visit_order(uint32_t *order, const Data *data, size_t count, uint64_t seed, size_t pass)
 {
-    uint32_t *order = integers((count + data->examples - 1) / data->examples * data->examples);
     for (size_t at = 0, epoch = 0; at < count; at += data->examples, epoch++)
         shuffle(order + at, data->examples, random_key(seed, STREAM_ORDER, pass, epoch));
-    return order;
 }
 
 // Gradients of the mean loss over the answer tokens of `count` examples, added up over forward passes of `micro` examples.
@@ -2726,19 +2745,19 @@ static void train_pass(Run *run, size_t pass, double density)
 {
     size_t batch = (size_t)opt.batch, count = pass_examples(run, pass), before = updates_before(run, pass), tokens = 0;
     size_t updates = updates_before(run, pass + 1) - before;
-    uint32_t *order = visit_order(&run->data, count, run->model.init.seed, pass);
     double T = mean_length(&run->data), smooth = -1, begin = seconds();
     double work = training_work(&run->model, T, density);
     char text[64];
+    visit_order(run->order, &run->data, count, run->model.init.seed, pass);
     for (size_t t = run->updates - before + 1; t <= updates; t++) {
         size_t first = (t - 1) * batch, size = min_size(batch, count - first);
-        double loss = loss_and_gradient(run, order + first, size);
+        double loss = loss_and_gradient(run, run->order + first, size);
         if (!isfinite(loss) || !model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown)))
             die("%s, update %zu: %s is not finite. %s. %s/state.bin is as it was saved before", run->label[pass], t,
                 broken_tensor(run, text), run->updates ? "The steps were too large: start again with a smaller --lr or --alpha-lr"
                 : "Nothing is trained yet: the base has weights too large for these examples", opt.out);
         run->loss[run->updates++] = loss;
-        for (size_t i = first; i < first + size; i++) tokens += run->data.length[order[i]];
+        for (size_t i = first; i < first + size; i++) tokens += run->data.length[run->order[i]];
         smooth = smooth < 0 ? loss : 0.95 * smooth + 0.05 * loss;
         run->done += work * T * (double)size;
         double now = seconds();
@@ -2752,7 +2771,6 @@ static void train_pass(Run *run, size_t pass, double density)
         stop_if_asked(run);
         progress(run, run->label[pass], (double)t / (double)updates, smooth, (double)tokens / (now - begin));
     }
-    free(order);
 }
 
 static void print_row(const Run *run, const Row *row)
@@ -2981,6 +2999,7 @@ static void plan(Run *run)
     choice_word(run->label[run->passes], opt.method == METHOD_RIGSA ? "ticket" : METHODS, opt.method);
     strcpy(run->label[0], *opt.ticket ? "ticket" : "base");
     run->loss = allocate(updates, sizeof(double));
+    run->order = integers(most + run->data.examples);
 }
 
 // What is trained, and how fast: every weight (how a base is made, and what forgetting looks like), or DeltaW and the gates.
@@ -3013,8 +3032,9 @@ static void train(Run *run)
         print_table(run);
         printf("resumed after update %zu of %zu\n", run->updates, updates_before(run, run->passes + 1));
     } else must_write(path, state_save(run, output_path("state.bin", path)));   // is the disk too small? Better known at once
-    Section text = { "text", run->settings, strlen(run->settings) };
-    must_write(path, file_write(output_path("settings.txt", path), NULL, &text, 1));
+    FILE *settings = file_begin(output_path("settings.txt", path));
+    if (settings) fputs(run->settings, settings);
+    must_write(path, file_end(settings, path));
     run->saved = seconds();
     for (size_t pass = run->rows; pass <= run->passes; pass++) {
         double density = (double)adapter_entries(model) / (double)all;

@@ -476,7 +476,8 @@ static void train_row(Run *run, size_t pass)
     char path[PATH_MAX];
     train_pass(run, pass, density);
     print_row(run, add_row(run, density));
-    must_write(output_path("table.csv", path), tables_save(run));
+    must_write(output_path("table.csv", path), table_save(run));
+    must_write(output_path("loss.csv", path), losses_save(run));
 }
 
 // LT-SFT (Ansell et al. 2022): train everything, keep the entries that moved furthest, and start them again.
@@ -497,18 +498,17 @@ static void rosa_mask(Run *run)
     Model *model = &run->model;
     size_t batch = (size_t)opt.batch, count = (size_t)opt.ticket_examples, steps = (size_t)more.mask_after;
     if ((steps + 1) * batch > count) die("--mask-after %zu: the last pass has fewer updates", steps);
-    uint32_t *order = visit_order(&run->data, count, model->init.seed, 1);
+    visit_order(run->order, &run->data, count, model->init.seed, 1);
     model->adapter = LORA;
     for (size_t t = 1; t <= steps; t++) {
-        loss_and_gradient(run, order + (t - 1) * batch, batch);
+        loss_and_gradient(run, run->order + (t - 1) * batch, batch);
         model_update(model, t, schedule(t, (count + batch - 1) / batch, opt.warmup, opt.cooldown));
     }
     squares = floats(adapted_weights(model));
     model->adapter = SQUARES;
-    loss_and_gradient(run, order + steps * batch, batch);
+    loss_and_gradient(run, run->order + steps * batch, batch);
     mask_largest(model, squares, more.density, THRESHOLD_MATRIX);
     free(squares);
-    free(order);
 }
 
 static void run_baseline(Run *run)

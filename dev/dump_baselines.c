@@ -36,7 +36,8 @@ static void dump(Run *run)
         Tensor *t = &model->tensors[i];
         for (size_t k = 0; t->grad && k < t->n; k++) t->value[k] = normal(random_key(7, 7, i, 0), k, 0.3f);
     }
-    double loss = loss_and_gradient(run, visit_order(&run->data, run->data.examples, 1, 1), run->data.examples);
+    visit_order(run->order, &run->data, run->data.examples, 1, 1);
+    double loss = loss_and_gradient(run, run->order, run->data.examples);
     append(LOSS, &loss, 1, sizeof loss);
     for (size_t i = model->base_tensors; i < model->all_tensors; i++) {
         const Tensor *t = &model->tensors[i];
