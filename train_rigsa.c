@@ -60,8 +60,13 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)    // the one is gcc's, the other was clang's
+#define AMX
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -519,9 +524,75 @@ void matmul_tile(float *c, size_t ldc, const float *a, size_t a_row, size_t a_co
     }
 }
 
+// AMX, which some of Intel's processors have for bf16: eight registers of 16 x 16 lanes, and one instruction that adds the product of
+// two of them, 16 rows of a times 16 columns of b over 32 steps of k, to a third. Six of them hold sums, two a and b:
+//
+//                      [ b0 ] [ b1 ] [ b2 ]
+//        16 rows a0 -> [  0 ] [  1 ] [  2 ]     the same panel of b as above, and as many rows of a as two registers have
+//        16 rows a1 -> [  3 ] [  4 ] [  5 ]
+enum { AMX_ROWS = 32 };
+static _Thread_local int amx_granted;
+
+static int use_amx(void) { return amx_granted && precision == BF16; }
+
+#ifdef AMX
+// The intrinsics do not tell the compiler which memory they read and write: here it is as the program says.
+#define AMX_MEMORY(at) __asm__ volatile("" :: "r"(at) : "memory")
+
+// Linux lends these registers to a program that asks; then each thread says that all of its have 16 rows of 64 bytes. 0: refused.
+static int amx_begin(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    struct { uint8_t palette, start_row, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape = { .palette = 1 };
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) return 0;
+    for (int t = 0; t < 8; t++) shape.row_bytes[t] = 64, shape.rows[t] = 16;
+    AMX_MEMORY(&shape);
+    _tile_loadconfig(&shape);
+    return 1;
+}
+
+// c (rows <= AMX_ROWS, cols <= NR) = or += rows of a as amx_pack leaves them times a packed panel of b. At an edge of c, sums go
+// through a copy of it; everywhere they start from what c held, so that the place of an edge changes no bit.
+static void amx_tile(float *c, size_t ldc, const float *pa, const float *pb, size_t lanes, size_t rows, size_t cols, int add)
+{
+    float copy[AMX_ROWS * NR];
+    int edge = rows < AMX_ROWS || cols < NR;
+    float *to = edge ? copy : c;
+    size_t next = edge ? NR : ldc;
+    #define EACH_SUM(DO) DO(0, 0, 0) DO(1, 0, 16) DO(2, 0, 32) DO(3, 16, 0) DO(4, 16, 16) DO(5, 16, 32)
+    #define ZERO(sum, row, col) _tile_zero(sum);
+    #define LOAD(sum, row, col) _tile_loadd(sum, to + row * next + col, 4 * next);
+    #define STORE(sum, row, col) _tile_stored(sum, to + row * next + col, 4 * next);
+    #define LOAD_A(i) _tile_loadd(6, pa + k * AMX_ROWS + 256 * i, 64);
+    #define LOAD_B(j) _tile_loadd(7, pb + k * NR + 16 * j, 4 * NR);
+    for (size_t r = 0; edge && add && r < rows; r++) memcpy(copy + r * NR, c + r * ldc, cols * sizeof(float));
+    AMX_MEMORY(to);
+    if (add) { EACH_SUM(LOAD) } else { EACH_SUM(ZERO) }
+    for (size_t k = 0; k < lanes; k += 16) {
+        LOAD_A(0) LOAD_B(0) _tile_dpbf16ps(0, 6, 7);
+        LOAD_A(1)           _tile_dpbf16ps(3, 6, 7);
+                  LOAD_B(1) _tile_dpbf16ps(4, 6, 7);
+        LOAD_A(0)           _tile_dpbf16ps(1, 6, 7);
+                  LOAD_B(2) _tile_dpbf16ps(2, 6, 7);
+        LOAD_A(1)           _tile_dpbf16ps(5, 6, 7);
+    }
+    EACH_SUM(STORE)
+    AMX_MEMORY(to);
+    for (size_t r = 0; edge && r < rows; r++) memcpy(c + r * ldc, copy + r * NR, cols * sizeof(float));
+}
+#else
+static int amx_begin(void) { return 0; }
+#endif
+
 static void matmul_tiles(float *c, size_t ldc, const float *a, size_t a_row, size_t a_col, const float *pb, size_t K,
                          size_t rows, size_t cols, int add)
 {
+#ifdef AMX
+    if (use_amx()) {
+        amx_tile(c, ldc, a, pb, K, rows, cols, add);
+        return;
+    }
+#endif
     #define TILE(nv, of) matmul_tile(c, ldc, a, a_row, a_col, pb, K, rows, cols, add, nv, of)
     if (precision == FP32) cols <= LANES ? TILE(1, FP32) : cols <= 2 * LANES ? TILE(2, FP32) : TILE(NV, FP32);
     else                   cols <= LANES ? TILE(1, BF16) : cols <= 2 * LANES ? TILE(2, BF16) : TILE(NV, BF16);
@@ -579,15 +650,15 @@ static inline vec lanes_across(const float *from, size_t along, size_t steps, si
     return lanes.all;
 }
 
-// to (lanes of k, width) = the strip of `width` rows (or columns) that starts at from; `used` of them exist, the rest become zero.
+// to (lanes of k, width) = the strip of `width` rows (or columns) that starts at from; `used` of them and K steps exist, the rest is zero.
 // Neighbours are `across` apart, steps of k `along`. Where width is no multiple of LANES, a store spills into the next lane's
 // place, which is written after it. (lanes_across would be slower for the MR rows of a, half a vector.)
-static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K)
+static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K, size_t lanes)
 {
-    size_t per = steps_per_lane(), lanes = (K + per - 1) / per;
+    size_t per = steps_per_lane();
     if (across == 1)
         for (size_t k = 0; k < lanes; k++) {
-            const float *low = from + per * k * along, *high = per * k + 1 < K ? low + along : ZEROS;
+            const float *low = per * k < K ? from + per * k * along : ZEROS, *high = per * k + 1 < K ? low + along : ZEROS;
             if (precision == FP32 && used == MR) memcpy(to + k * width, low, MR * sizeof(float));   // a known size: no call
             else if (precision == FP32) for (size_t j = 0; j < used; j++) to[k * width + j] = low[j];
             else for (size_t j = 0; j < used; j++) to[k * width + j] = pair_bf16(low[j], high[j]);
@@ -602,6 +673,25 @@ static void matmul_pack(float *to, const float *from, size_t across, size_t alon
                 transpose_block(block);
                 for (size_t k = k0; k < min_size(lanes, k0 + LANES); k++) *(vec *)(to + k * width + j0) = block[k - k0];
             }
+}
+
+// The same for AMX, a register at a time: to (lanes / 16, AMX_ROWS, 16) = AMX_ROWS rows of a.
+static void amx_pack(float *to, const float *from, size_t across, size_t along, size_t used, size_t K, size_t lanes)
+{
+    for (size_t k0 = 0; k0 < lanes; k0 += LANES)
+        for (size_t j0 = 0; j0 < AMX_ROWS; j0 += LANES, to += LANES * LANES) {
+            const float *corner = from + j0 * across + 2 * k0 * along;
+            size_t rows = j0 < used ? used - j0 : 0;
+            vec block[LANES];
+            if (across == 1) {
+                for (size_t k = 0; k < LANES; k++)
+                    block[k] = 2 * (k0 + k) < K ? lanes_across(corner + 2 * k * along, along, K - 2 * (k0 + k), rows) : (vec){ 0 };
+                transpose_block(block);
+            } else
+                for (size_t j = 0; j < LANES; j++)
+                    block[j] = j < rows ? lanes_along(corner + j * across, along, K - 2 * k0) : (vec){ 0 };
+            memcpy(to, block, sizeof block);
+        }
 }
 
 // For few rows of a, packing b would cost more than the product. Where b lies column by column (W^T, the keys of attention) it is
@@ -660,27 +750,30 @@ static void matmul_alone(float *c, size_t ldc, const float *a, size_t a_row, siz
                 for (size_t j = 0; j < N; j++) c[i * ldc + j] += a[i * a_row + k * a_col] * b[k * b_row + j];
         return;
     }
-    if (!packed_a) packed_a = floats(PACKED_A), packed_b = floats(PACKED_B);
+    if (!packed_a) packed_a = floats(PACKED_A), packed_b = floats(PACKED_B), amx_granted = amx_begin();
     float *pa = packed_a, *pb = packed_b;
-    size_t blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, MR), per = steps_per_lane();
+    size_t mr = use_amx() ? AMX_ROWS : MR, per = steps_per_lane();
+    size_t blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, mr);
     for (size_t j0 = 0; j0 < N; j0 += NC)
         for (size_t k0 = 0; k0 < K; k0 += per * KC) {
-            size_t nc = min_size(NC, N - j0), kc = min_size(per * KC, K - k0), lanes = (kc + per - 1) / per;
+            size_t nc = min_size(NC, N - j0), kc = min_size(per * KC, K - k0);
+            size_t lanes = round_up((kc + per - 1) / per, use_amx() ? LANES : 1);
             for (size_t j = 0; j < nc; j += NR)
-                matmul_pack(pb + j * lanes, b + k0 * b_row + (j0 + j) * b_col, b_col, b_row, NR, min_size(NR, nc - j), kc);
+                matmul_pack(pb + j * lanes, b + k0 * b_row + (j0 + j) * b_col, b_col, b_row, NR, min_size(NR, nc - j), kc, lanes);
             for (size_t i0 = 0; i0 < M; i0 += mc) {
                 size_t rows = min_size(mc, M - i0), direct = precision == FP32 && a_col == 1 ? rows / MR * MR : 0;
                 const float *a0 = a + i0 * a_row + k0 * a_col;
-                for (size_t i = direct; i < rows; i += MR)
-                    matmul_pack(pa + i * lanes, a0 + i * a_row, a_row, a_col, MR, min_size(MR, rows - i), kc);
+                for (size_t i = direct; i < rows; i += mr)
+                    if (use_amx()) amx_pack(pa + i * lanes, a0 + i * a_row, a_row, a_col, min_size(mr, rows - i), kc, lanes);
+                    else matmul_pack(pa + i * lanes, a0 + i * a_row, a_row, a_col, MR, min_size(MR, rows - i), kc, lanes);
                 for (size_t j = 0; j < nc; j += NR) {
                     float *c0 = c + i0 * ldc + j0 + j;
                     size_t cols = min_size(NR, nc - j);
                     for (size_t i = 0; i < direct; i += MR)
                         matmul_tiles(c0 + i * ldc, ldc, a0 + i * a_row, a_row, 1, pb + j * lanes, lanes, MR, cols, add || k0);
-                    for (size_t i = direct; i < rows; i += MR)
+                    for (size_t i = direct; i < rows; i += mr)
                         matmul_tiles(c0 + i * ldc, ldc, pa + i * lanes, 1, MR, pb + j * lanes, lanes,
-                                     min_size(MR, rows - i), cols, add || k0);
+                                     min_size(mr, rows - i), cols, add || k0);
                 }
             }
         }

@@ -146,6 +146,21 @@ static inline __attribute__((always_inline)) void multiply_loop(Precision of)
 static void fp32_loop(const void *job) { (void)job, multiply_loop(FP32); }
 __attribute__((unused)) static void bf16_loop(const void *job) { (void)job, multiply_loop(BF16); }
 
+#ifdef AMX
+enum { AMX_LANES = 96, AMX_CALLS = 1000 };      // operands that stay in L1
+static void amx_loop(const void *job)
+{
+    (void)job;
+    #pragma omp parallel
+    {
+        float *a = floats(AMX_ROWS * AMX_LANES), *b = floats(NR * AMX_LANES), *c = floats(AMX_ROWS * NR);
+        amx_begin();
+        for (int n = 0; n < AMX_CALLS; n++) amx_tile(c, NR, a, b, AMX_LANES, AMX_ROWS, NR, 0);
+        free(a), free(b), free(c);
+    }
+}
+#endif
+
 enum { STREAM = 1 << 25 };              // floats: 128 MiB, more than caches hold
 
 static void read_loop(const void *job)
@@ -190,6 +205,9 @@ static Limits measure_limits(int threads)
     limits.flops[0] = operations / least_seconds(fp32_loop, NULL);
 #ifdef __AVX512BF16__
     limits.flops[1] = 2 * operations / least_seconds(bf16_loop, NULL);
+#endif
+#ifdef AMX
+    if (amx_begin()) limits.flops[1] = 4.0 * AMX_ROWS * NR * AMX_LANES * AMX_CALLS * threads / least_seconds(amx_loop, NULL);
 #endif
     float *x = floats(2 * (size_t)STREAM);
     limits.read = bytes / least_seconds(read_loop, x);
