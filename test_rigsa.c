@@ -696,7 +696,7 @@ static void test_whole_loss(void)
         check_whole("full", rig_full(*configs[c], FEW, COUNT_OF(FEW)));
         check_whole("dense", rig_adapter(*configs[c], 1, REST_ZERO));
         check_whole("half", rig_adapter(*configs[c], 0.5, REST_ZERO));
-        check_whole("a tenth, sampled", rig_adapter(*configs[c], 0.1, REST_ZERO));
+        check_whole("a twentieth, sampled", rig_adapter(*configs[c], 0.05, REST_ZERO));
         check_whole("half, rest init", rig_adapter(*configs[c], 0.5, REST_INIT));
     }
 }
@@ -738,7 +738,7 @@ static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
 static void test_precision_and_recompute(void)
 {
     for (int i = 0; i < 4; i++) {
-        Run *run = i == 0 ? rig_full(ODD, FEW, COUNT_OF(FEW)) : rig_adapter(ODD, i == 1 ? 1 : i == 2 ? 0.5 : 0.1, REST_ZERO);
+        Run *run = i == 0 ? rig_full(ODD, FEW, COUNT_OF(FEW)) : rig_adapter(ODD, i == 1 ? 1 : i == 2 ? 0.5 : 0.05, REST_ZERO);
         Model *model = &run->model;
         size_t n = i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model);
         float *single = rig_gradient_in(run, FP32, 0, n);
@@ -1429,7 +1429,7 @@ static void train_on(int threads, Outcome outcome[3])
 {
     omp_set_num_threads(threads);
     for (int i = draws = 0; i < 3; i++, outcome++) {
-        Run *run = i == 0 ? rig_full(ODD, LONG, COUNT_OF(LONG)) : rig_adapter(ODD, i == 1 ? 1 : 0.1, REST_ZERO);
+        Run *run = i == 0 ? rig_full(ODD, LONG, COUNT_OF(LONG)) : rig_adapter(ODD, i == 1 ? 1 : 0.05, REST_ZERO);
         Model *model = &run->model;
         Pruned pruned[2 * ADAPTED];
         size_t bytes = (i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model)) * sizeof(float);

@@ -1134,7 +1134,7 @@ static double sum_of_parts(const double *part)
 }
 
 // Below this density it is faster to compute the surviving entries of dW one by one than all of them in a dense product.
-#define SAMPLED_BELOW 0.3
+static double sampled_below(void) { return use_amx() ? 0.06 : 0.3; }
 
 enum { SPAN = 128 };         // lanes of rows that are taken at a time: their x^T, (I, SPAN), fits into L2 or nearly
 static size_t transposed_floats(size_t I) { return whole_vectors(I) * SPAN; }                  // of one thread
@@ -1214,7 +1214,7 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
 {
     size_t a = (size_t)t->adapter, size = t->rows * t->cols;
     Tensor *delta = delta_tensor(model, a), *gates = gates_tensor(model);
-    int sampled = delta->index && model->init.rest == REST_ZERO && (double)delta->n < SAMPLED_BELOW * (double)size;
+    int sampled = delta->index && model->init.rest == REST_ZERO && (double)delta->n < sampled_below() * (double)size;
     const float alpha = gates->value[a];
     float *dw = model->scratch;
     double part[PARTS];

@@ -147,7 +147,7 @@ static void bench_sampled(void)
     for (int p = FP32; p < PRECISIONS; p++) {
         precision = (Precision)p;
         printf("\nSampled dW, %s: GFLOP/s on its own operations, times the dense product's speed; sampled below %.2f\n%-24s dense",
-               PRECISION[precision], SAMPLED_BELOW, "");
+               PRECISION[precision], sampled_below(), "");
         for (size_t d = 0; d < COUNT_OF(DENSITY); d++) printf("%14g", DENSITY[d]);
         printf("\n");
         for (size_t m = 1; m < COUNT_OF(MODELS); m++) {
