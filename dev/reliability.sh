@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
-strict="-std=gnu11 -fno-math-errno -fno-trapping-math -Wall -Wextra -Wshadow -Werror"
+strict="-mprefer-vector-width=512 -std=gnu11 -fno-math-errno -fno-trapping-math -Wall -Wextra -Wshadow -Werror"
 parallel=-fopenmp serial="-fopenmp-simd -Wno-unknown-pragmas"
 export GOMP_SPINCOUNT=20000
 
