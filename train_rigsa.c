@@ -650,7 +650,7 @@ static inline vec lanes_across(const float *from, size_t along, size_t steps, si
     return lanes.all;
 }
 
-// to (lanes of k, width) = the strip of `width` rows (or columns) that starts at from; `used` of them and K steps exist, the rest is zero.
+// to (lanes, width) = the strip of `width` rows (or columns) that starts at from; `used` of them and K steps exist, the rest is zero.
 // Neighbours are `across` apart, steps of k `along`. Where width is no multiple of LANES, a store spills into the next lane's
 // place, which is written after it. (lanes_across would be slower for the MR rows of a, half a vector.)
 static void matmul_pack(float *to, const float *from, size_t across, size_t along, size_t width, size_t used, size_t K, size_t lanes)
