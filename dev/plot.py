@@ -26,8 +26,9 @@ STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okab
     "rigsa": ("RIGSA", "#000000", "o"), "gated random": ("random mask, gated", "#56B4E9", "o"),
     "random": ("random mask", "#0072B2", "s"), "ltsft": ("LT-SFT", "#009E73", "^"), "rosa": ("RoSA", "#CC79A7", "D"),
     "lora": ("LoRA", "#E69F00", "v"), "qlora": ("QLoRA", "#D55E00", "v"), "lora16": ("LoRA, rank 16", "#F0C000", "<"),
-    "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#888888", "+"),
+    "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#882255", "x"),
 }
+POINTS = 400  # of a loss curve that are drawn
 SMOOTH = 50  # parts of a pass: a loss curve is an exponential mean over about one of them
 
 
@@ -89,7 +90,7 @@ def draw_tradeoff(rows, sets, folder):
             axis.axvline(1, color="#888888", linewidth=0.7, linestyle=":")
             axis.set_xlabel(f"kept of {', '.join(source)} (share of the base)")
         both[0].set_ylabel(f"{target}, share read")
-        both[0].legend(fontsize=8, frameon=False, loc="lower left")
+        both[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
         both[1].set(xlim=(0.89, 1.01), ylim=(best - 0.22, best + 0.02))
         save(figure, folder, f"tradeoff_{budget}")
 
@@ -123,7 +124,7 @@ def draw_rounds(table, folder):
     for axis in (scores, shares):
         axis.set_xticks(at, label)
         axis.set_xlabel("round")
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
     scores.set_ylabel("score")
     save(figure, folder, "rounds")
 
@@ -142,7 +143,9 @@ def draw_losses(folders, folder):
     """`folders`: a dict, label -> (folder of a run, colour)."""
     figure, axis = axes(6, 3.6)
     for label, (run, colour) in folders.items():
-        axis.plot(last_pass(run), color=colour, label=label, linewidth=1)
+        loss = last_pass(run)
+        step = 1 + len(loss) // POINTS
+        axis.semilogy(range(0, len(loss), step), loss[::step], color=colour, label=label, linewidth=1)
     axis.set_xlabel("update of the last pass")
     axis.set_ylabel("loss")
     axis.legend(fontsize=8, frameon=False)
