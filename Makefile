@@ -8,7 +8,8 @@
 
 # Strict IEEE arithmetic: no -ffast-math, which would turn off the NaN alarms. The two -fno only say that nobody reads errno or
 # floating-point traps. gnu11, not c11: with c11 gcc stops fusing multiply and add, which halves the speed of the products.
-# Vectors as wide as there are: for Intel's processors compilers prefer half of AVX-512, which is slower and rounds otherwise than on AMD's.
+# Vectors as wide as there are: for Intel's processors compilers prefer half of AVX-512, which is slower and rounds otherwise than
+# on AMD's.
 CFLAGS ?= -O3 -march=native $(if $(filter x86_64,$(shell uname -m)),-mprefer-vector-width=512)
 STRICT = -std=gnu11 -fno-math-errno -fno-trapping-math -Wall -Wextra -Wshadow
 LDLIBS = -lm

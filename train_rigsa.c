@@ -650,6 +650,20 @@ static inline vec lanes_across(const float *from, size_t along, size_t steps, si
     return lanes.all;
 }
 
+// block = LANES lanes of k from each of LANES rows (or columns), `across` apart; `used` of them and `steps` steps exist.
+static inline __attribute__((always_inline))
+void lanes_block(vec block[LANES], const float *from, size_t across, size_t along, size_t used, size_t steps)
+{
+    size_t per = steps_per_lane();
+    if (across != 1) {
+        for (size_t j = 0; j < LANES; j++) block[j] = j < used ? lanes_along(from + j * across, along, steps) : (vec){ 0 };
+        return;
+    }
+    for (size_t k = 0; k < LANES; k++)
+        block[k] = per * k < steps ? lanes_across(from + per * k * along, along, steps - per * k, used) : (vec){ 0 };
+    transpose_block(block);
+}
+
 // to (lanes, width) = the strip of `width` rows (or columns) that starts at from; `used` of them and K steps exist, the rest is zero.
 // Neighbours are `across` apart, steps of k `along`. Where width is no multiple of LANES, a store spills into the next lane's
 // place, which is written after it. (lanes_across would be slower for the MR rows of a, half a vector.)
@@ -668,8 +682,7 @@ static void matmul_pack(float *to, const float *from, size_t across, size_t alon
         for (size_t k0 = 0; k0 < lanes; k0 += LANES)
             for (size_t j0 = (width - 1) / LANES * LANES + LANES; (j0 -= LANES) < width; ) {
                 vec block[LANES];
-                for (size_t j = j0; j < j0 + LANES; j++)
-                    block[j - j0] = j < used ? lanes_along(from + j * across + per * k0 * along, along, K - per * k0) : (vec){ 0 };
+                lanes_block(block, from + j0 * across + per * k0 * along, across, along, used > j0 ? used - j0 : 0, K - per * k0);
                 transpose_block(block);
                 for (size_t k = k0; k < min_size(lanes, k0 + LANES); k++) *(vec *)(to + k * width + j0) = block[k - k0];
             }
@@ -680,16 +693,8 @@ static void amx_pack(float *to, const float *from, size_t across, size_t along, 
 {
     for (size_t k0 = 0; k0 < lanes; k0 += LANES)
         for (size_t j0 = 0; j0 < AMX_ROWS; j0 += LANES, to += LANES * LANES) {
-            const float *corner = from + j0 * across + 2 * k0 * along;
-            size_t rows = j0 < used ? used - j0 : 0;
             vec block[LANES];
-            if (across == 1) {
-                for (size_t k = 0; k < LANES; k++)
-                    block[k] = 2 * (k0 + k) < K ? lanes_across(corner + 2 * k * along, along, K - 2 * (k0 + k), rows) : (vec){ 0 };
-                transpose_block(block);
-            } else
-                for (size_t j = 0; j < LANES; j++)
-                    block[j] = j < rows ? lanes_along(corner + j * across, along, K - 2 * k0) : (vec){ 0 };
+            lanes_block(block, from + j0 * across + 2 * k0 * along, across, along, used > j0 ? used - j0 : 0, K - 2 * k0);
             memcpy(to, block, sizeof block);
         }
 }
