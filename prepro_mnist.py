@@ -19,10 +19,10 @@ tokens at side 28, 249 at side 14 and 95 at side 7.
 The file formats are in doc/model.md. MNIST: LeCun, Cortes, Burges. Fashion-MNIST: Xiao, Rasul, Vollgraf (Zalando).
 """
 import argparse
-import glob
 import gzip
 import hashlib
 import http.client
+import itertools
 import math
 import os
 import struct
@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "dev"))
+import chat_template  # noqa: E402
 import rigsa_file  # noqa: E402
 
 PIXELS = 28  # the images are 28 x 28 bytes
@@ -97,15 +98,15 @@ def download_missing(dataset, folder):
 
 
 def read_content(folder, name):
-    """(path, decompressed content) of the file `name` or `name`.gz in `folder`."""
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        path += ".gz"
+    """(path, decompressed content) of the file `name` in `folder`: gzip'd or not, and with a dot before "idx" or not."""
+    names = [name + end for name in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
+    path = next(filter(os.path.exists, (os.path.join(folder, name) for name in names)), os.path.join(folder, names[1]))
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             return path, file.read()
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, nor without .gz; without --images it is downloaded") from None
+        raise ValueError(f"{path}: no such file, nor without .gz, nor with .idx for -idx; without --images it is "
+                         "downloaded") from None
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f"{path}: damaged gzip file; delete it and fetch it again") from None
 
@@ -190,70 +191,53 @@ class Characters:
 
 class Chat:
     """
-    A Hugging Face tokenizer and its chat template. Tokenising every prompt takes a minute or more; where digits and
+    A Hugging Face tokenizer and its chat template. Tokenising every conversation takes some minutes; where digits and
     newlines are one token each, one prompt is tokenised, and each picture's tokens take the place of its picture's.
     """
 
     def __init__(self, folder, sentence):
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = chat_template.load_tokenizer(folder)
         self.sentence = sentence
         self.vocab = vocabulary(folder, self.tokenizer)
         self.type = rigsa_file.TOKEN_TYPES[rigsa_file.token_width(self.vocab)]
         self.ids = {ord(char): self.tokenizer.encode(char, add_special_tokens=False)[-1] for char in "0123456789\n"}
         self.glyphs = {token: chr(char) for char, token in self.ids.items()}
 
-    def prompt(self, text):
-        """The tokens of the whole prompt for a picture."""
-        return self.tokenizer.apply_chat_template([self.message(text)], add_generation_prompt=True, return_dict=False)
+    def ask(self, text, label):
+        """(prompt, answer), two arrays of tokens: the conversation about a picture, as the template has it."""
+        conversation = [{"role": "user", "content": f"{self.sentence}\n{text.decode()}"},
+                        {"role": "assistant", "content": str(label)}]
+        prompt, answer = chat_template.split_turn(self.tokenizer, conversation)
+        if (most := max(prompt + answer)) >= self.vocab:
+            raise ValueError(f"{self.tokenizer.name_or_path}: the prompt needs token {most}, "
+                             f"{self.tokenizer.convert_ids_to_tokens(most)!r}, and the model has {self.vocab}: add it "
+                             "to the model (resize_token_embeddings) or use the tokenizer that belongs to it")
+        return array(self.type, prompt), array(self.type, answer)
 
-    def message(self, text):
-        return {"role": "user", "content": f"{self.sentence}\n{text.decode()}"}
-
-    def replies(self, text):
-        """For each label its two answer tokens: the digit, and the token that ends the reply."""
-        start = len(self.prompt(text))
-        turns = [[self.message(text), {"role": "assistant", "content": str(label)}] for label in range(10)]
-        return [self.tokenizer.apply_chat_template(turn, return_dict=False)[start:start + 2] for turn in turns]
-
-    def splicer(self, example):
-        """A function that guesses prompt(picture) from prompt(example), a picture of the same size."""
-        frame, body = array(self.type, self.prompt(example)), self.characters(example)
+    def splicer(self, example, answers):
+        """
+        A function that guesses ask(picture, label) from a picture of the same size and the answers to it. The newline
+        that ends the picture stays out of it: some templates cut it off.
+        """
+        frame, body = self.ask(example, 0)[0], self.characters(example)
         start = frame.tobytes().find(body.tobytes()) // frame.itemsize
         before, after = frame[:max(start, 0)], frame[start + len(body):]
-        return lambda text: before + self.characters(text) + after
+        return lambda text, label: (before + self.characters(text) + after, answers[label])
 
     def characters(self, text):
-        """The tokens of a picture, one per character."""
-        return array(self.type, map(self.ids.__getitem__, text))
+        """The tokens of a picture without its last newline, one per character."""
+        return array(self.type, map(self.ids.__getitem__, text[:-1]))
 
     def examples(self, pictures, labels):
         """A list of (tokens, answer) for the pictures and their labels."""
-        replies = [array(self.type, reply) for reply in self.replies(pictures[0])]
-        prompt = self.splicer(pictures[0])
-        if any(list(prompt(text)) != self.prompt(text) for text in pictures[:SPLICE_CHECKS]):
-            print("note: this tokenizer merges characters of a picture; tokenising every prompt, a minute or more")
-            prompt = self.prompt
-        prompts = (array(self.type, prompt(text)) for text in pictures)
-        return [(tokens + replies[label], len(tokens)) for tokens, label in zip(prompts, labels)]
-
-
-def load_tokenizer(folder):
-    """The tokenizer in `folder`; where its settings name no chat template, the first chat_template*.jinja beside it."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ValueError("--tokenizer needs the package transformers: pip install transformers") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):
-        raise ValueError(f"{folder}: not the folder of a Hugging Face tokenizer") from None
-    if not tokenizer.chat_template:
-        templates = sorted(glob.glob(os.path.join(glob.escape(folder), "chat_template*.jinja")))
-        if not templates:
-            raise ValueError(f"{folder}: this tokenizer has no chat template; use the one of an instruct model")
-        with open(templates[0], encoding="utf-8") as file:
-            tokenizer.chat_template = file.read()
-    return tokenizer
+        answers = [self.ask(pictures[0], label)[1] for label in range(10)]
+        if len({answer.tobytes() for answer in answers}) < 10:
+            raise ValueError(f"{self.tokenizer.name_or_path}: this tokenizer has the same tokens for two digits")
+        ask = self.splicer(pictures[0], answers)
+        if any(ask(*pair) != self.ask(*pair) for pair in itertools.islice(zip(pictures, labels), SPLICE_CHECKS)):
+            print("note: this tokenizer merges characters of a picture; tokenising everything, some minutes")
+            ask = self.ask
+        return [(prompt + answer, len(prompt)) for prompt, answer in map(ask, pictures, labels)]
 
 
 def vocabulary(folder, tokenizer):
@@ -268,12 +252,21 @@ def vocabulary(folder, tokenizer):
 # ----------------------------------------------------------------------------------------------------
 
 def write_examples(path, tokens, images, labels, side, column=None):
-    """Writes the data file at `path` and says so; with a `column` it is an evaluation by exact match."""
+    """
+    Writes the data file `path`.bin and says so. With a `column` it is an evaluation by exact match, and another
+    one, `path`_choice.bin, a choice among the ten labels: a model that answers in sentences is never exact.
+    """
+    def write(path, examples, *evaluation, **parts):
+        sections = rigsa_file.data_sections(tokens.vocab, examples, tokens.glyphs, *evaluation, **parts)
+        rigsa_file.write_file(path, "data", sections)
+        print(f"{path}: {len(examples)} examples of {len(examples[0][0])} tokens, {os.path.getsize(path)} bytes")
+
     pictures = [picture(images[start:start + PIXELS ** 2], side) for start in range(0, len(images), PIXELS ** 2)]
-    examples = tokens.examples(pictures, labels)
-    sections = rigsa_file.data_sections(tokens.vocab, examples, tokens.glyphs, column, "exact" if column else None)
-    rigsa_file.write_file(path, "data", sections)
-    print(f"{path}: {len(examples)} examples of {len(examples[0][0])} tokens, {os.path.getsize(path)} bytes")
+    write(f"{path}.bin", tokens.examples(pictures, labels), column, "exact" if column else None)
+    if column:
+        ten = [text for text in pictures for _ in range(10)], [label for _ in pictures for label in range(10)]
+        write(f"{path}_choice.bin", tokens.examples(*ten), f"{column}_choice", "acc",
+              choices=[10] * len(labels), gold=list(labels), chars=[1] * len(ten[1]))
 
 
 def write_splits(args):
@@ -292,13 +285,13 @@ def write_splits(args):
         raise ValueError(f"--heldout {args.heldout} leaves nothing of the {len(labels)} training images")
 
     def write(split, first, last, column=None):
-        path = os.path.join(args.out, f"{args.dataset}_{args.side}_{split}.bin")
+        path = os.path.join(args.out, f"{args.dataset}_{args.side}_{split}")
         chosen = images[first * PIXELS ** 2:last * PIXELS ** 2]
         write_examples(path, tokens, chosen, labels[first:last], args.side, column)
 
     write("train", 0, min(kept, args.limit or kept))
     if args.heldout:
-        write("heldout", kept, len(labels), args.dataset)
+        write("heldout", kept, len(labels), f"{args.dataset}_heldout")
     images, labels = read_split(dataset, folder, "t10k", published=not args.images)
     write("test", 0, args.limit or len(labels), args.dataset)
 

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from hugging_face import llama_config, load_json
-from rigsa_file import pack_config, tensor_shapes, write_file
+from rigsa_file import base_sections, tensor_shapes, write_file
 
 
 def random_weights(config, std, seed):
@@ -42,11 +42,8 @@ def main():
         config = llama_config(hf)
         std = hf.get("initializer_range", 0.02) if args.std is None else args.std
         weights = random_weights(config, std, args.seed)
-        write_file(args.out, "base", [
-            ("config", pack_config(config)),
-            ("name", f"random weights of seed {args.seed} and deviation {std:g}".encode()),
-            ("weights", weights.view(np.uint8)),
-        ])
+        name = f"random weights of seed {args.seed} and deviation {std:g}"
+        write_file(args.out, "base", base_sections(config, name, weights.view(np.uint8)))
     except (OSError, ValueError) as error:
         sys.exit(f"random_base.py: {error}")
     print(f"{args.out}: {weights.size} weights")

@@ -124,6 +124,18 @@ class Files(Folder):
             self.refuses(content)
             content[at] ^= 1
 
+    def test_tags(self):
+        """Sections are known by their whole tags: two of one name, or one that would be cut, are not written."""
+        for tags in ("one", "one"), ("", "two"), ("seventeen letters", "two"), ("a\0b", "two"):
+            with self.subTest(str(tags)), self.assertRaisesRegex(ValueError, "tags of 1 to 16 letters"):
+                rigsa_file.write_file(self.path("file"), "base", [(tag, b"x") for tag in tags])
+            self.assertEqual(os.listdir(self.folder), [])
+
+    def test_pipe(self):
+        os.mkfifo(self.path("pipe"))
+        with self.assertRaisesRegex(ValueError, "pipe: not a file"):
+            rigsa_file.read_file(self.path("pipe"), "base")
+
     def test_other_kind(self):
         self.refuses(self.write(), kind="data")
 
@@ -149,6 +161,38 @@ class Models(unittest.TestCase):
         self.assertEqual(len(payload), 48)
         self.assertEqual(rigsa_file.unpack_config(payload), self.NANO)
 
+    def test_models_that_cannot_be(self):
+        for change in ({"dim": 0}, {"layers": (1 << 20) + 1}, {"kv_heads": 3}, {"head_dim": 23}, {"tied": 2}, {"dtype": 2},
+                       {"theta": 0.0}, {"theta": math.inf}, {"theta": 1e39}, {"eps": 1e-50}, {"eps": 1.0}, {"vocab": -1},
+                       {"dim": 1 << 20, "ffn": 1 << 20}):
+            with self.subTest(str(change)), self.assertRaises(ValueError):
+                rigsa_file.pack_config(self.NANO | change)
+
+    def test_labels(self):
+        """Names of folders become names that the trainer reads; they are cut between characters."""
+        for name, found in (("SmolLM2-135M", "SmolLM2-135M"), ("SmolLM2, my run", "SmolLM2_ my run"), ('with"quote', "with_quote"),
+                            ("a\\b\n\0\x7f", "a_b___"), ("ё" * 40, "ё" * 31), ("x" * 62 + "😀", "x" * 62), ("", "")):
+            self.assertEqual(rigsa_file.label(name), found.encode())
+
+    def test_weights(self):
+        """What the trainer would refuse is neither written nor read: a weight too few, NaN, infinity."""
+        for dtype, size in (0, 4), (1, 2):
+            config = dict(self.NANO, layers=1, dtype=dtype)
+            count = sum(math.prod(shape) for _, shape in rigsa_file.tensor_shapes(config))
+            good = bytes(count * size)
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "base")
+                rigsa_file.write_file(path, "base", rigsa_file.base_sections(config, "Мой, base", iter([good[:8], good[8:]])))
+                self.assertEqual(rigsa_file.read_base(path), (config, "Мой_ base", good))
+                for bad in (good[size:], good + bytes(size), good[4:] + b"\0\0\x80\x7f", good[4:] + b"\0\0\xc0\xff"):
+                    with self.assertRaisesRegex(ValueError, "weights"):
+                        rigsa_file.write_file(path, "base", rigsa_file.base_sections(config, "", bad))
+                    self.assertEqual(rigsa_file.read_base(path)[2], good)
+                    raw = [("config", rigsa_file.pack_config(config)), ("weights", bad)]
+                    rigsa_file.write_file(path + "2", "base", raw)
+                    with self.assertRaisesRegex(ValueError, f"^{path}2: .*weights[^\n]*$"):
+                        rigsa_file.read_base(path + "2")
+
     def count(self, **changes):
         return sum(math.prod(shape) for _, shape in rigsa_file.tensor_shapes(dict(self.NANO, **changes)))
 
@@ -165,14 +209,47 @@ class Examples(Folder):
         rigsa_file.write_file(self.path("data"), "data", rigsa_file.data_sections(**arguments))
         found = rigsa_file.read_examples(self.path("data"))
         found["examples"] = [(list(tokens), answer) for tokens, answer in found["examples"]]
-        found.update((tag, list(found[tag])) for tag in ("choices", "gold", "chars") if tag in found)
+        found.update((tag, list(found[tag])) for tag in ("choices", "gold", "chars", "number", "end") if tag in found)
         self.assertEqual(found, arguments)
 
     def test_round_trips(self):
         for vocab in (48, 256, 257, 65536, 65537):
             self.round_trip(vocab=vocab, examples=[([0, vocab - 1, 3], 1), ([5] * 1000, 999)])
         self.round_trip(vocab=48, examples=[([1, 2], 1)], glyphs={0: "\n", 7: "x"}, column="mnist", metric="exact")
-        self.round_trip(vocab=9, examples=[([1, 2], 1)] * 5, choices=[2, 3], gold=[1, 0], chars=[1, 2, 3, 4, 5])
+        choices = dict(choices=[2, 3], gold=[1, 0], chars=[1, 2, 3, 4, 5])
+        for metric in "acc", "acc_norm":
+            self.round_trip(vocab=9, examples=[([1, 2], 1)] * 5, column="c", metric=metric, **choices)
+        self.round_trip(vocab=3, examples=[([1, 2], 1)] * 2, column="c", metric="number", limit=7, number=[-1.5, 2e9],
+                        end=[2], stop=[b"\n\n", "ё".encode()], pieces=[b"", b"\xff", b"ab"])
+
+    def test_evaluations(self):
+        """What the trainer would refuse is not written."""
+        one, two = [([1, 2], 1)], [([1, 2], 1)] * 2
+        acc = {"column": "c", "metric": "acc", "choices": [2], "gold": [1], "chars": [1, 1]}
+        rigsa_file.data_sections(9, two, **acc)
+        said = {"column": "c", "metric": "number", "limit": 1, "number": [1], "end": [], "stop": [], "pieces": [b""] * 9}
+        rigsa_file.data_sections(9, one, **said)
+        rigsa_file.data_sections(9, one, column="ё" * 63 + "x", metric="exact")
+        for examples, wrong in [(two, acc | {tag: value}) for tag, value in (
+                ("gold", [2]), ("gold", [-1]), ("gold", [1, 1]), ("choices", [1]), ("chars", [1]), ("chars", [0, 1]),
+                ("metric", "exact"), ("column", None))] + [(one, said | {tag: value}) for tag, value in (
+                    ("limit", 0), ("limit", 1 << 21), ("number", []), ("stop", [b"a\0b"]), ("pieces", [b""] * 8))] + [
+                        (one, {"column": column, "metric": metric}) for column, metric in (
+                            ("a,b", "exact"), ('with"quote', "exact"), ("a\\b", "exact"), ("a\nb", "exact"), ("a\0b", "exact"),
+                            ("x" * 128, "exact"), ("ё" * 64, "exact"), ("", "exact"), ("c", "other"), ("c", None),
+                            (None, "exact"))] + [([], {}), ([([1, 1 << 40], 1)], {}), (one, {"glyphs": {1: "ё"}})]:
+            with self.subTest(str(wrong)), self.assertRaises(ValueError):
+                rigsa_file.data_sections(9, examples, **wrong)
+
+    def test_damaged(self):
+        """What is wrong in a file is said in one line that names it."""
+        good = rigsa_file.data_sections(9, [([1, 2], 1)] * 2, column="c", metric="acc", choices=[2], gold=[1], chars=[1, 1])
+        for tag, payload in (("vocab", bytes(4)), ("vocab", struct.pack("<2I", 9, 3)), ("length", b"\2\0\0"), ("answer", bytes(8)),
+                             ("tokens", bytes(3)), ("tokens", b"\1\2\1\x09"), ("gold", struct.pack("<I", 2)), ("chars", bytes(8)),
+                             ("column", b"a,b"), ("metric", b"good"), ("choices", b""), ("glyphs", struct.pack("<3I", 1, 48, 2))):
+            rigsa_file.write_file(self.path("data"), "data", list((dict(good) | {tag: payload}).items()))
+            with self.subTest(f"{tag} {payload}"), self.assertRaisesRegex(ValueError, f"^{self.path('data')}: .*; make it again[^\n]*$"):
+                rigsa_file.read_examples(self.path("data"))
 
     def test_layout(self):
         sections = dict(rigsa_file.data_sections(300, [([258, 1], 1)]))
@@ -256,14 +333,36 @@ class Command(Folder):
         self.assertEqual(status, 0)
         self.assertIn("is not the published file", out)
         self.assertEqual(self.answers("mnist_7_train.bin"), (None, [0, 1, 2]))
-        self.assertEqual(self.answers("mnist_7_heldout.bin"), ("mnist", [3, 4]))
+        self.assertEqual(self.answers("mnist_7_heldout.bin"), ("mnist_heldout", [3, 4]))
         self.assertEqual(self.answers("mnist_7_test.bin"), ("mnist", [7, 8, 9]))
+
+    def test_choice(self):
+        """The same pictures with each of the ten digits behind them; the right one is known."""
+        self.run_prepro("--heldout", "2")
+        exact, choice = (rigsa_file.read_examples(os.path.join(self.out, f"mnist_7_test{end}.bin")) for end in ("", "_choice"))
+        self.assertEqual((choice["column"], choice["metric"]), ("mnist_choice", "acc"))
+        self.assertEqual((list(choice["choices"]), list(choice["gold"])), ([10] * 3, [7, 8, 9]))
+        self.assertEqual([tokens[answer] - 2 for tokens, answer in choice["examples"]], list(range(10)) * 3)
+        self.assertEqual([choice["examples"][10 * number + gold] for number, gold in enumerate(choice["gold"])], exact["examples"])
+        self.assertTrue(os.path.exists(os.path.join(self.out, "mnist_7_heldout_choice.bin")))
+        self.assertFalse(os.path.exists(os.path.join(self.out, "mnist_7_train_choice.bin")))
 
     def test_limit(self):
         self.assertEqual(self.run_prepro("--limit", "2", "--heldout", "4", "--dataset", "fashion")[0], 0)
         self.assertEqual(self.answers("fashion_7_train.bin"), (None, [0]))
-        self.assertEqual(self.answers("fashion_7_heldout.bin"), ("fashion", [1, 2, 3, 4]))
+        self.assertEqual(self.answers("fashion_7_heldout.bin"), ("fashion_heldout", [1, 2, 3, 4]))
         self.assertEqual(self.answers("fashion_7_test.bin"), ("fashion", [7, 8]))
+
+    def test_other_names(self):
+        """The files as some archives have them: with a dot, gzip'd too."""
+        for prefix in "train", "t10k":
+            for name in "images-idx3", "labels-idx1":
+                os.rename(self.path(f"{prefix}-{name}-ubyte"), self.path(f"{prefix}-{name.replace('-idx', '.idx')}-ubyte"))
+        with open(self.path("t10k-images.idx3-ubyte"), "rb") as file:
+            self.idx("t10k-images.idx3-ubyte.gz", gzip.compress(file.read()))
+        os.remove(self.path("t10k-images.idx3-ubyte"))
+        self.assertEqual(self.run_prepro()[::2], (0, ""))
+        self.assertEqual(self.answers("mnist_7_test.bin"), ("mnist", [7, 8, 9]))
 
     def refuses(self, wrong, *args):
         status, _, error = self.run_prepro(*args)

@@ -21,7 +21,7 @@ from array import array
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from rigsa_file import ALPHABET, data_sections, pack_config, tensor_shapes, write_file  # noqa: E402
+from rigsa_file import ALPHABET, base_sections, data_sections, tensor_shapes, write_file  # noqa: E402
 
 TOKEN = {character: number for number, character in enumerate(ALPHABET)}
 GLYPHS = dict(enumerate(ALPHABET))
@@ -326,7 +326,7 @@ def save_random_base(path, rng):
             weights.extend(rng.gauss(0, spread) for _ in range(shape[0] * shape[1]))
     if sys.byteorder == "big":
         weights.byteswap()
-    write_file(path, "base", [("config", pack_config(NANO)), ("name", b"nano"), ("weights", weights.tobytes())])
+    write_file(path, "base", base_sections(NANO, "nano", weights.tobytes()))
     print(f"{path}: {len(weights):,} random weights")
 
 
@@ -341,7 +341,8 @@ def main():
 
     save(os.path.join(HERE, "digits_train.bin"), digits("train", DIGITS_TRAIN))
     save(os.path.join(HERE, "digits_test.bin"), digits("test", DIGITS_TEST), "digits", "exact")
-    save(os.path.join(build, "digits_heldout.bin"), digits("heldout", DIGITS_HELDOUT), "digits", "exact")
+    save(os.path.join(build, "digits_heldout.bin"), digits("heldout", DIGITS_HELDOUT), "digits_heldout",
+         "exact")
 
     lists = take(packing(True, stream("packing")), QUESTIONS)
     short, long = (take(addition(True, stream("addition"), sums), count)
