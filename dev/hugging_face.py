@@ -46,14 +46,14 @@ def load_json(path):
 
 def llama_config(hf):
     """
-    A Hugging Face config.json, as a dict, in the terms of rigsa.c: a dict with the keys of rigsa_file.CONFIG_FIELDS,
-    dtype fp32. It may have the names of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters). ValueError,
-    which names the field, where the model is not a plain Llama.
+    A Hugging Face config.json, as a dict, in the terms of rigsa.c: a dict with the keys of
+    rigsa_file.CONFIG_FIELDS, dtype fp32. It may have the names of transformers 4 (rope_theta, rope_scaling)
+    or 5 (rope_parameters). ValueError, which names the field, where the model is not a plain Llama.
     """
     for field, plain in PLAIN.items():
         if hf.get(field, plain) != plain:
             raise ValueError(f"'{field}' is {hf[field]!r}, rigsa.c knows only {plain!r}")
-    rope_field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    rope_field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"  # as in transformers
     rope = hf.get(rope_field) or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default" or not ROPE_FIELDS.issuperset(rope):
         raise ValueError(f"'{rope_field}' is {rope}, rigsa.c knows only the rope_type 'default'")

@@ -5,38 +5,39 @@ Takes what train_rigsa made of a Hugging Face model back to Hugging Face.
     python dev/import_hf.py MODEL out/model.bin tuned                after --method full: the model with these weights
     python dev/import_hf.py MODEL out/ticket.bin adapter --peft      the ticket as an adapter for PEFT
 
-MODEL is what dev/export_hf.py was given. A merged folder has the files of MODEL, tokenizer and all, and loads with
-AutoModelForCausalLM; it holds W = W0 + alpha * (mask . DeltaW), added up and by default stored in fp32.
+MODEL is what dev/export_hf.py was given, or the folder that it made with --hf. A merged folder has the files
+of MODEL, tokenizer and all, and loads with AutoModelForCausalLM; it holds W = W0 + alpha * (mask . DeltaW),
+added up and by default stored in fp32.
 
-An adapter holds alpha * DeltaW as PEFT's SHiRA has it: r * (rows + columns) entries of every matrix, for one r. Where a
-matrix has fewer, zeros at unused positions fill it up.
+An adapter holds alpha * DeltaW as PEFT's SHiRA has it: r * (rows + columns) entries of every matrix, for one
+r. Where a matrix has fewer, zeros at unused positions fill it up.
 """
 import argparse
-import glob
-import json
 import math
 import os
-import shutil
 import struct
 import sys
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
-from export_hf import DTYPES, INDEX, TEXTS, Checkpoint, find_folder
-from hugging_face import load_json, module_name
+from checkpoint import DTYPES, rounded, write_folder, write_json, write_model
+from export_hf import open_checkpoint
+from hugging_face import module_name
 from rigsa_file import GOLDEN, U64, Hash, adapted_shapes, mix, mix_numpy, pack_config, read_file, tensor_shapes
 
 INIT = struct.Struct("<QIIf")  # seed, draw, rest, sigma
 STREAM_DELTA = 0  # as in train_rigsa.c, section 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # what training made
 
 def initial_values(seed, matrix, draw, sigma, size):
-    """DeltaW's first `size` initial values of an adapted matrix: random_key and normal of train_rigsa.c, to the bit."""
+    """
+    DeltaW's first `size` initial values of an adapted matrix: random_key and normal of train_rigsa.c, to the
+    bit.
+    """
     key = mix(seed + GOLDEN & U64)
     for number in (STREAM_DELTA, matrix, draw):
         key = mix(key + number & U64)
@@ -79,7 +80,9 @@ class Ticket:
                 raise ValueError(f"{path}: the index of {name} is not ascending within the matrix; train again")
 
     def stored_as(self, checkpoint):
-        """The dtype in which the checkpoint, exported, is the ticket's base. ValueError where it is in none."""
+        """
+        The dtype in which the checkpoint, exported, is the ticket's base. ValueError where it is in none.
+        """
         hashes = {}
         for dtype in sorted(DTYPES, key=lambda dtype: dtype != checkpoint.dtype):
             found = Hash()
@@ -90,10 +93,13 @@ class Ticket:
             hashes[dtype] = found.value()
         found = ", ".join(f"{value:016x} in {dtype}" for dtype, value in hashes.items())
         raise ValueError(f"{self.path}: made on the base '{self.base_name}' ({self.base_hash:016x}), "
-                         f"not on {checkpoint.folder} ({found})")
+                         f"not on {checkpoint.source} ({found})")
 
     def change(self, a, size):
-        """alpha * (mask . DeltaW) of adapted matrix a, flat; where pruned entries rest at their start, with those."""
+        """
+        alpha * (mask . DeltaW) of adapted matrix a, flat; where pruned entries rest at their start, with
+        those.
+        """
         change = np.zeros(size, np.float32)
         if self.rest:
             change = self.gates[a] * initial_values(self.seed, a, self.draw, self.sigma, size)
@@ -104,11 +110,13 @@ class Ticket:
         """Tensor `name` after training, from the base's, in fp32."""
         if name not in self.number:
             return base
-        return base + torch.from_numpy(self.change(self.number[name], base.numel())).reshape(base.shape)
+        return base + self.change(self.number[name], base.size).reshape(base.shape)
 
 
 class Tuned:
-    """All weights, in a base file that --method full wrote. ValueError, in one line, where the model is another."""
+    """
+    All weights, in a base file that --method full wrote. ValueError, in one line, where the model is another.
+    """
 
     def __init__(self, path, sections, config):
         if sections.get("config") != pack_config(config):
@@ -124,61 +132,27 @@ class Tuned:
 
     def weight(self, name, base):
         """Tensor `name` after training."""
-        return torch.from_numpy(self.tensors[name].copy())
+        return self.tensors[name]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the folders
 
-def write_folder(out, fill):
-    """Makes the folder `out` with what fill(folder) writes there; whatever happens, it is all there or not at all."""
-    if os.path.exists(out):
-        raise ValueError(f"{out} is there already; name another folder, or remove it")
-    temporary = f"{out.rstrip(os.sep)}.{os.getpid()}.tmp"
-    os.makedirs(temporary)
-    try:
-        fill(temporary)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path, content):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-
-
 def write_merged(folder, checkpoint, trained, dtype):
-    """The files of the checkpoint with trained weights, one safetensors file in memory at a time."""
+    """The files of the checkpoint with trained weights."""
     stored_as = trained.stored_as(checkpoint)
-    total = changed = lost = 0
-    for file_name, file in checkpoint.files.items():
-        tensors = {}
-        for stored in file.keys():
-            tensors[stored] = file.get_tensor(stored)
-            if stored in checkpoint.names:
-                base = tensors[stored].to(DTYPES[stored_as]).float()
-                weight = trained.weight(checkpoint.names[stored], base)
-                tensors[stored] = weight.to(DTYPES[dtype])
-                differs = weight != base
-                changed += int(differs.sum())
-                lost += int((differs & (tensors[stored] == base.to(DTYPES[dtype]))).sum())
-            total += tensors[stored].nbytes
-        save_file(tensors, os.path.join(folder, file_name), metadata={"format": "pt"})
+    changed = lost = 0
 
-    for pattern in TEXTS:
-        for path in glob.glob(os.path.join(glob.escape(checkpoint.folder), pattern)):
-            shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
-    config = load_json(os.path.join(folder, "config.json"))
-    for field in [field for field in ("torch_dtype", "dtype") if field in config] or ["torch_dtype"]:
-        config[field] = str(DTYPES[dtype]).removeprefix("torch.")
-    write_json(os.path.join(folder, "config.json"), config)
-    index_path = os.path.join(folder, INDEX)
-    if os.path.exists(index_path):
-        index = load_json(index_path)
-        index["metadata"] = index.get("metadata", {}) | {"total_size": total}
-        write_json(index_path, index)
+    def weight(name, values):
+        nonlocal changed, lost
+        base = rounded(values, stored_as)
+        after = trained.weight(name, base)
+        differs = after != base
+        changed += int(differs.sum())
+        lost += int((differs & (rounded(after, dtype) == rounded(base, dtype))).sum())
+        return after
+
+    write_model(folder, checkpoint, dtype, weight)
     print(f"{changed} weights changed, stored in {dtype}")
     if lost:
         print(f"note: rounded to {dtype}, {lost / changed:.1%} of them are as they were; --dtype fp32 keeps all")
@@ -188,7 +162,9 @@ def write_adapter(folder, checkpoint, ticket, model):
     """The ticket as an adapter for PEFT."""
     if ticket.rest:
         raise ValueError(f"{ticket.path}: made with --rest init, it changes every weight; leave out --peft to merge it")
-    ticket.stored_as(checkpoint)
+    if ticket.stored_as(checkpoint) != checkpoint.dtype == "fp32":
+        print("note: trained on these weights rounded to bf16; added to them as they are, in fp32, the adapter "
+              "gives other logits, by some .3 %; merged, without --peft, it is exact")
     matrices = adapted_shapes(checkpoint.config)
     needed = max(math.ceil(len(index) / sum(shape)) for (_, shape), index in zip(matrices, ticket.index))
     room, tightest = min((math.prod(shape) // sum(shape), name) for name, shape in matrices)
@@ -205,8 +181,8 @@ def write_adapter(folder, checkpoint, ticket, model):
         values = np.zeros(len(place), np.float32)
         values[:len(ticket.index[a])] = ticket.gates[a] * ticket.values[a]
         prefix = f"base_model.model.{module_name(name)}.shira_"
-        tensors[prefix + "weight"] = torch.from_numpy(values)
-        tensors[prefix + "indices"] = torch.from_numpy(np.stack(np.divmod(place, shape[1])).astype(np.int32))
+        tensors[prefix + "weight"] = values
+        tensors[prefix + "indices"] = np.stack(np.divmod(place, shape[1])).astype(np.int32)
     save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
     modules = dict.fromkeys(module_name(name).rpartition(".")[2] for name, _ in matrices)
     write_json(os.path.join(folder, "adapter_config.json"), {
@@ -219,7 +195,7 @@ def write_adapter(folder, checkpoint, ticket, model):
 
 def take_back(model, trained_path, out, dtype, peft):
     """Everything that the command line asks for."""
-    checkpoint = Checkpoint(find_folder(model))
+    checkpoint = open_checkpoint(model)
     sections = read_file(trained_path, "tick", "base")
     kind = Ticket if "gates" in sections else Tuned
     if peft and kind is not Ticket:
@@ -233,7 +209,7 @@ def take_back(model, trained_path, out, dtype, peft):
 
 def main():
     parser = argparse.ArgumentParser(description="A ticket of train_rigsa, back in a Hugging Face model.")
-    parser.add_argument("model", metavar="MODEL", help="the folder or name that dev/export_hf.py was given")
+    parser.add_argument("model", metavar="MODEL", help="what dev/export_hf.py was given")
     parser.add_argument("trained", metavar="TICKET", help="ticket.bin, or model.bin of --method full")
     parser.add_argument("out", metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the merged weights; default: fp32")
@@ -241,7 +217,7 @@ def main():
     args = parser.parse_args()
     try:
         take_back(args.model, args.trained, args.out, args.dtype, args.peft)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"import_hf.py: {error}")
 
 

@@ -1,32 +1,35 @@
 """
-Takes the LoRA of a rigsa.c base to PEFT and back (huggingface/peft: adapter_config.json, adapter_model.safetensors).
+Takes the LoRA of a rigsa.c base to PEFT and back (huggingface/peft: adapter_config.json,
+adapter_model.safetensors).
 
     python dev/peft_files.py export out/lora.bin base.bin FOLDER       a folder for peft.PeftModel.from_pretrained
     python dev/peft_files.py import FOLDER base.bin lora.bin           for ./train_baselines --lora lora.bin
 
-`base.bin` is the base that the adapter was made for: lora.bin names it by its hash. PEFT keeps A (r, in) and B (out, r)
-in fp32, W = W0 + (lora_alpha / r) B A; lora.bin has B transposed (doc/model.md).
+`base.bin` is the base that the adapter was made for: lora.bin names it by its hash. PEFT keeps A (r, in) and
+B (out, r) in fp32, W = W0 + (lora_alpha / r) B A; lora.bin has B transposed (doc/model.md).
 """
 import argparse
-import json
 import os
 import struct
 import sys
 
 import numpy as np
-import safetensors.torch
-import torch
+from safetensors.numpy import save_file
 
-from dump_reference import adapted_shapes
-from hugging_face import module_name
-from rigsa_file import hash64, read_file, unpack_config, write_file
+from checkpoint import decode, write_json
+from hugging_face import load_json, module_name
+from rigsa_file import adapted_shapes, hash64, read_file, unpack_config, write_file
+from safetensors_file import TYPES, read_safetensors
 
 SHAPE = struct.Struct("<If")  # section `shape`: rank, alpha
 DIFFERENT = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")  # not plain LoRA
 
 
 def read_base(path):
-    """The adapted matrices [(name, (out, in)), ...] of the base file `path`, and its hash and name as in section `base`."""
+    """
+    The adapted matrices [(name, (out, in)), ...] of the base file `path`, and its hash and name as in section
+    `base`.
+    """
     sections = read_file(path, "base")
     return adapted_shapes(unpack_config(sections["config"])), struct.pack("<Q", hash64(sections["weights"])) + sections["name"]
 
@@ -37,7 +40,9 @@ def key(name, part):
 
 
 def read_lora(path, shapes):
-    """The lora file `path`: alpha, and a dict, matrix name -> (A (r, in), B (out, r)); `shapes` as of read_base."""
+    """
+    The lora file `path`: alpha, and a dict, matrix name -> (A (r, in), B (out, r)); `shapes` as of read_base.
+    """
     sections = read_file(path, "lora")
     rank, alpha = SHAPE.unpack(sections["shape"])
     values, at, parts = np.frombuffer(sections["values"], "<f4"), 0, {}
@@ -60,32 +65,38 @@ def export_peft(lora, base, folder):
     tensors = {}
     for name, (a, b) in parts.items():
         for part, values in (("A", a), ("B", b)):
-            tensors[key(name, part)] = torch.tensor(values).contiguous()
-    safetensors.torch.save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
-    config = {
+            tensors[key(name, part)] = np.ascontiguousarray(values)
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+    write_json(os.path.join(folder, "adapter_config.json"), {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": len(a), "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted({module_name(name).split(".")[-1] for name, _ in shapes}),
         "base_model_name_or_path": named[8:].decode(), "inference_mode": True,
-    }
-    with open(os.path.join(folder, "adapter_config.json"), "w") as file:
-        json.dump(config, file, indent=2)
-        file.write("\n")
+    })
 
 
 def import_peft(folder, base, lora):
-    """Writes the PEFT folder as a lora file of `base`. A matrix without a LoRA gets A = B = 0, which no gradient moves."""
+    """
+    Writes the PEFT folder as a lora file of `base`. A matrix without a LoRA gets A = B = 0, which no gradient
+    moves.
+    """
     shapes, named = read_base(base)
-    with open(os.path.join(folder, "adapter_config.json")) as file:
-        config = json.load(file)
+    config = load_json(os.path.join(folder, "adapter_config.json"))
     if config.get("peft_type") != "LORA" or any(config.get(field) for field in DIFFERENT):
         raise ValueError(f"{folder}: not a plain LoRA: {[field for field in DIFFERENT if config.get(field)]}")
-    tensors = safetensors.torch.load_file(os.path.join(folder, "adapter_model.safetensors"))
+    tensors = read_safetensors(os.path.join(folder, "adapter_model.safetensors"))
     rank = config["r"]
     alpha = config["lora_alpha"] * (rank ** 0.5 if config.get("use_rslora") else 1)
     values = []
+
+    def part(name, letter, shape):
+        kind, _, found = tensors.pop(key(name, letter), ("F32", shape, np.zeros(shape, "<f4")))
+        if kind not in TYPES:
+            raise ValueError(f"{folder}: {name} is of type {kind}, only {', '.join(sorted(TYPES))} can be "
+                             "read")
+        return decode(found, kind)
+
     for name, (rows, cols) in shapes:
-        a = tensors.pop(key(name, "A"), torch.zeros(rank, cols)).float().numpy()
-        b = tensors.pop(key(name, "B"), torch.zeros(rows, rank)).float().numpy()
+        a, b = part(name, "A", (rank, cols)), part(name, "B", (rows, rank))
         if a.shape != (rank, cols) or b.shape != (rows, rank):
             raise ValueError(f"{folder}: {name} is {b.shape} {a.shape}, {base} needs {(rows, rank)} {(rank, cols)}")
         values += [a.ravel(), b.T.ravel()]

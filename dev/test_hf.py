@@ -1,6 +1,6 @@
 """
-Tests of export_hf.py, import_hf.py and prepro_mnist.py --tokenizer against transformers and PEFT. Beside them must lie
-train_rigsa and test_rigsa, freshly made.
+Tests of export_hf.py (folders and GGUF files), import_hf.py and prepro_mnist.py --tokenizer against
+transformers and PEFT. Beside them must lie train_rigsa and test_rigsa, freshly made.
 
     python dev/test_hf.py               random models
     python dev/test_hf.py FOLDER        also what it holds of smollm2, SmolLM2's official configs and tokenizer, and of
@@ -19,6 +19,7 @@ import unittest
 import unittest.mock
 import warnings
 
+import gguf
 import numpy as np
 import torch
 from peft import PeftModel
@@ -26,13 +27,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+import checkpoint
 import export_hf
 import export_stories
+import gguf_model
+import gguf_tokenizer
 import import_hf
 import random_base
 import rigsa_file
 import test_prepro
 from dump_reference import transformers_model
+from hugging_face import hugging_face_name, llama_config, load_json
 from test_prepro import prepro_mnist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -173,6 +178,26 @@ class Folder(test_prepro.Folder):
 # ----------------------------------------------------------------------------------------------------
 # in
 
+class Numbers(unittest.TestCase):
+    def test_as_torch(self):
+        """
+        Every bf16 and fp16 number in fp32, and random fp32 numbers rounded, with ties, infinities and NaN,
+        are PyTorch's.
+        """
+        halves = np.arange(1 << 16, dtype="<u2")
+        for kind, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
+            stored = halves if kind == "BF16" else halves.view("<f2")
+            expected = torch.from_numpy(halves).view(dtype).float().numpy()
+            self.assertTrue(np.array_equal(checkpoint.decode(stored, kind), expected, equal_nan=True))
+        bits = np.random.default_rng(1).integers(1 << 32, size=200_000, dtype=np.uint32)
+        bits[:100_000] = bits[:100_000] & 0xFFFF0000 | 0x8000  # ties
+        bits[:65_536] = (halves.astype(np.uint32) << 16) + 0x7FFF * (halves % 3)
+        values = bits.view(np.float32)
+        for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            expected = torch.from_numpy(values).to(dtype).float().numpy()
+            self.assertTrue(np.array_equal(checkpoint.rounded(values, kind), expected, equal_nan=True))
+
+
 class Export(Folder):
     def test_random_configs(self):
         for seed in range(10):
@@ -186,14 +211,14 @@ class Export(Folder):
         random_config(2).save_pretrained(self.path("hf"))
         base = self.path("base.bin")
         run(random_base, self.path("hf/config.json"), base)
-        subprocess.run([os.path.join(TOP, "train_rigsa"), "--method", "eval", "--base", base, "--eval", self.evaluation(base)],
+        subprocess.run([os.path.join(TOP, "evaluate_rigsa"), "--base", base, "--eval", self.evaluation(base)],
                        check=True, stdout=subprocess.DEVNULL)
 
     def test_pieces(self):
         """However few weights are read at a time, the file is the same."""
         folder, files = self.save(random_model(random_config(5))), []
-        for piece in (export_hf.PIECE, 100, 1):
-            with unittest.mock.patch("export_hf.PIECE", piece), open(self.export(folder), "rb") as file:
+        for piece in (checkpoint.PIECE, 100, 1):
+            with unittest.mock.patch("checkpoint.PIECE", piece), open(self.export(folder), "rb") as file:
                 files.append(file.read())
         self.assertEqual(files, files[:1] * 3)
 
@@ -219,6 +244,29 @@ class Export(Folder):
         self.assert_same(self.our_logits(base), rounded)
         self.assertGreater(difference(rounded, exact), 1e-3)
 
+    def test_without_torch(self):
+        """A folder in bf16 goes in, and out again with a ticket, where there is no torch; so do GGUF and PEFT."""
+        folder = self.save(random_model(random_config(5), dtype=torch.bfloat16))
+        write_ticket(self.path("ticket.bin"), self.export(folder))
+
+        def script(name, *args):
+            code = ("import runpy, sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1]); "
+                    "del sys.argv[:2]; runpy.run_path(sys.argv[0], run_name='__main__')")
+            subprocess.run([sys.executable, "-c", code, HERE, os.path.join(HERE, name), *args], check=True,
+                           stdout=subprocess.DEVNULL)
+
+        script("export_hf.py", folder, self.path("again.bin"))
+        with open(self.path("base.bin"), "rb") as one, open(self.path("again.bin"), "rb") as two:
+            self.assertEqual(one.read(), two.read())
+        script("import_hf.py", folder, self.path("ticket.bin"), self.path("merged"))
+        script("import_hf.py", folder, self.path("ticket.bin"), self.path("adapter"), "--peft")
+        ours = self.our_logits(self.path("base.bin"), self.path("ticket.bin"))
+        self.assert_same(logits(load(self.path("merged"))), ours)
+        self.assert_same(logits(PeftModel.from_pretrained(load(folder), self.path("adapter"))), ours)
+        script("peft_files.py", "--help")
+        write_gguf(self.path("model.gguf"), gguf_config(), gguf_tensors(random_model(gguf_config())))
+        script("export_hf.py", self.path("model.gguf"), self.path("gguf.bin"), "--hf", self.path("gguf"))
+
     def test_old_names(self):
         """A config.json of transformers 4, with fields that it leaves to their defaults."""
         model = random_model(random_config(6))
@@ -231,6 +279,34 @@ class Export(Folder):
         with open(self.path("hf/config.json"), "w", encoding="utf-8") as file:
             json.dump(config | {"rope_theta": theta, "rope_scaling": None, "torch_dtype": "float32"}, file)
         self.assert_same(self.our_logits(self.export(folder)), logits(model))
+
+    def test_names(self):
+        """Whatever a folder is called, the trainer takes its base, and the name is whole characters."""
+        model = random_model(random_config(2))
+        cyrillic = "\u043c\u043e\u0434\u0435\u043b\u044c " * 6  # 13 bytes a word
+        for name, told in (("SmolLM2, my run", "SmolLM2_ my run"), ('with"quote', "with_quote"),
+                           ("back\\slash\n", "back_slash_"), (cyrillic, cyrillic[:33]),
+                           ("x" + "\u20ac" * 30, "x" + "\u20ac" * 20), (os.fsdecode(b"latin \xe9"), "latin ?")):
+            base = self.export(self.save(model, name))
+            self.assertEqual(rigsa_file.read_file(base, "base")["name"].decode(), told)
+            subprocess.run([os.path.join(TOP, "evaluate_rigsa"), "--base", base,
+                            "--eval", self.evaluation(base)], check=True, stdout=subprocess.DEVNULL)
+
+    def test_whole_beside_shards(self):
+        """
+        A whole model.safetensors hides an older set of shards, as it does for transformers; and merged it is
+        alone.
+        """
+        folder = self.save(random_model(random_config(5), seed=2), shard="10KB")
+        whole = self.save(random_model(random_config(5), seed=3), "whole")
+        shutil.copy(self.path("whole/model.safetensors"), folder)
+        base = self.export(folder)
+        self.assert_same(self.our_logits(base), logits(load(whole)))
+        self.assert_same(self.our_logits(base), logits(load(folder)))
+        write_ticket(self.path("ticket.bin"), base)
+        run(import_hf, folder, self.path("ticket.bin"), self.path("merged"))
+        self.assertEqual(sorted(os.listdir(self.path("merged"))), sorted(os.listdir(whole)))
+        self.assert_same(logits(load(self.path("merged"))), self.our_logits(base, self.path("ticket.bin")))
 
     def test_name_at_the_hub(self):
         """A model that the hub's cache holds, without a network; and one that it does not hold."""
@@ -283,6 +359,7 @@ class Refused(Folder):
             {"quantization_config": {"quant_method": "gptq"}}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": config["rope_parameters"]},
             {"hidden_size": 31}, {"head_dim": 7},
             {"num_attention_heads": 3, "num_key_value_heads": 7}, {"num_key_value_heads": 0}, {"vocab_size": "many"},
             {"num_hidden_layers": 0}, {"rms_norm_eps": float("nan")},
@@ -290,7 +367,7 @@ class Refused(Folder):
         for fields in wrong:
             with self.subTest(fields=fields):
                 changed = config | fields
-                if "rope_scaling" in fields:
+                if "rope_scaling" in fields and "rope_parameters" not in fields:
                     del changed["rope_parameters"]
                 with open(path, "w", encoding="utf-8") as file:
                     json.dump(changed, file)
@@ -336,6 +413,11 @@ class Refused(Folder):
     def test_missing_tensor(self):
         self.change(self.shards[0], lambda tensors: tensors.pop("model.embed_tokens.weight"))
         self.refused("'model.embed_tokens.weight' is in none")
+
+    def test_twice(self):
+        again = load_file(os.path.join(self.hf, self.shards[1]))
+        self.change(self.shards[0], lambda tensors: tensors.update(again))
+        self.refused(f"is in {self.shards[1]} and in another file")
 
     def test_wrong_type(self):
         for dtype in (torch.float64, torch.int8):
@@ -503,6 +585,18 @@ class Peft(Folder):
         model = PeftModel.from_pretrained(load(folder, torch.bfloat16), self.path("adapter"))
         self.assertLessEqual(difference(logits(model), ours), 0.05)
 
+    def test_rounded_base(self):
+        """On fp32 weights, an adapter for these weights rounded to bf16 is off, and a note says so."""
+        folder = self.save(random_model(random_config(4)))
+        for dtype, off in (("bf16", True), ("fp32", False)):
+            base = self.export(folder, "--dtype", dtype)
+            write_ticket(self.path("ticket.bin"), base)
+            said = run(import_hf, folder, self.path("ticket.bin"), self.path(dtype), "--peft")
+            self.assertEqual("note: trained on these weights rounded to bf16" in said, off)
+            found = difference(logits(PeftModel.from_pretrained(load(folder), self.path(dtype))),
+                               self.our_logits(base, self.path("ticket.bin")))
+            self.assertEqual(found > SAME, off)
+
     def test_refused(self):
         folder = self.save(random_model(random_config(4)))
         base, ticket, out = self.export(folder), self.path("ticket.bin"), self.path("adapter")
@@ -515,6 +609,259 @@ class Peft(Folder):
         other = self.save(random_model(random_config(4), seed=2), "other")
         self.refuses("made on the base 'hf' (", import_hf, other, ticket, out, "--peft")
         self.assertFalse([name for name in os.listdir(self.folder) if name.startswith("adapter")])
+
+
+# ----------------------------------------------------------------------------------------------------
+# GGUF
+
+def gguf_config(**fields):
+    """A little Llama whose rows are whole blocks of every type of GGUF."""
+    return LlamaConfig(**dict(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=32, vocab_size=60, max_position_embeddings=300,
+        rope_parameters={"rope_type": "default", "rope_theta": 12345.0}, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None) | fields)
+
+
+def write_gguf(path, config, tensors, metadata=(), without=(), endian=gguf.GGUFEndian.LITTLE):
+    """
+    A GGUF file as llama.cpp's converter lays it out. `tensors`: a dict, name -> (array, raw type or None);
+    `metadata`: keys to add or to change, a dict; `without`: keys to leave out.
+    """
+    tokens = [f"t{number}" for number in range(config.vocab_size)]
+    entries = {
+        "general.architecture": "llama", "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings, "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": config.rope_parameters["rope_theta"],
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1), "tokenizer.ggml.merges": ["t 0", "t 1"],
+        "tokenizer.ggml.bos_token_id": 0,
+    } | dict(metadata)
+    writer = gguf.GGUFWriter(path, entries["general.architecture"], endianess=endian)
+    for key, value in entries.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32,
+               list: writer.add_array}[type(value)]
+        if key != "general.architecture" and key not in without:
+            add(key, value)
+    for name, (values, kind) in tensors.items():
+        writer.add_tensor(name, values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_tensors(model, kind=gguf.GGMLQuantizationType.F32):
+    """
+    The weights of transformers' model for write_gguf: matrices as `kind`, rows of q and k in llama.cpp's
+    order.
+    """
+    config, state, found = model.config, model.state_dict(), {}
+    shapes = llama_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    for name, _ in rigsa_file.tensor_shapes(shapes):
+        values = state[hugging_face_name(name)].float().numpy()
+        heads = {"q": config.num_attention_heads,
+                 "k": config.num_key_value_heads}.get(name.rpartition(".")[2])
+        if heads:
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        stored = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        found[gguf_model.gguf_name(name)] = gguf.quantize(np.ascontiguousarray(values), stored), stored
+    return found
+
+
+class Ggufs(Folder):
+    """GGUF files in; what transformers makes of the same file is right."""
+
+    def reference(self, path):
+        """transformers' model of the GGUF file."""
+        folder, name = os.path.split(path)
+        with unittest.mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors):
+            return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+
+    def assert_bits(self, path, model):
+        """Every tensor of the base file has the bits of transformers' model."""
+        base, state, start = rigsa_file.read_file(self.export(path), "base"), model.state_dict(), 0
+        for name, _ in rigsa_file.tensor_shapes(rigsa_file.unpack_config(base["config"])):
+            expected = state[hugging_face_name(name)].numpy()
+            self.assertEqual(base["weights"][start:start + expected.nbytes], expected.tobytes(), name)
+            start += expected.nbytes
+        self.assertEqual(start, len(base["weights"]))
+
+    def test_every_type(self):
+        """Each type that the package gguf can dequantise, on random bytes: the same bits."""
+        rng, known, config = np.random.default_rng(1), [], gguf_config()
+        path = self.path("model.gguf")
+        shapes = {name: tensor.shape for name, (tensor, _) in gguf_tensors(random_model(config)).items()}
+        for kind in gguf.GGMLQuantizationType:
+            size = gguf.GGML_QUANT_SIZES[kind]
+            tensors = {}
+            for name, shape in shapes.items():
+                if len(shape) == 1:
+                    tensors[name] = rng.random(shape, np.float32), None
+                else:
+                    raw = rng.integers(256, size=(shape[0], shape[1] // size[0] * size[1]), dtype=np.uint8)
+                    tensors[name] = raw, kind
+            write_gguf(path, config, tensors)
+            try:
+                gguf.dequantize(tensors["token_embd.weight"][0], kind)
+            except NotImplementedError:
+                self.refuses(f"is of type {kind.name}, which the package gguf cannot dequantise",
+                             export_hf, path, self.path("no.bin"))
+                continue
+            known.append(kind.name)
+            with self.subTest(kind=kind.name):
+                self.assert_bits(path, self.reference(path))
+        self.assertGreater(len(known), 20)
+
+    def test_logits(self):
+        """
+        Tied and not, one query head for each key and several; the C program says what transformers says.
+        """
+        for fields in ({}, {"tie_word_embeddings": False}, {"num_key_value_heads": 8}):
+            for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q4_1):
+                model = random_model(gguf_config(**fields))
+                path = self.path("model.gguf")
+                write_gguf(path, model.config, gguf_tensors(model, kind))
+                self.assert_same(self.our_logits(self.export(path)), logits(self.reference(path)))
+                if kind == gguf.GGMLQuantizationType.F32:
+                    self.assert_same(self.our_logits(self.path("base.bin")), logits(model))
+
+    def test_same_base(self):
+        """
+        bf16 weights stay bf16, as from their folder: the same hash, so that a ticket of one is a ticket of
+        the other.
+        """
+        model = random_model(gguf_config(), dtype=torch.bfloat16)
+        folder, path = self.save(model), self.path("model.gguf")
+        write_gguf(path, model.config, gguf_tensors(model, gguf.GGMLQuantizationType.BF16))
+        weights = [rigsa_file.read_file(self.export(source), "base") for source in (folder, path)]
+        self.assertEqual(weights[0]["weights"], weights[1]["weights"])
+        self.assertEqual(weights[0]["config"], weights[1]["config"])
+        self.assertEqual(weights[1]["name"], b"model")
+
+    def test_folder(self):
+        """--hf writes a model that transformers loads; a ticket merges into the file as into this folder."""
+        model = random_model(gguf_config())
+        path = self.path("model.gguf")
+        write_gguf(path, model.config, gguf_tensors(model, gguf.GGMLQuantizationType.Q8_0))
+        run(export_hf, path, self.path("base.bin"), "--hf", self.path("hf"))
+        expected = self.reference(path)
+        self.assert_same(logits(load(self.path("hf"))), logits(expected))
+        for name, weight in load(self.path("hf")).state_dict().items():
+            self.assertTrue(torch.equal(weight, expected.state_dict()[name]))
+        write_ticket(self.path("ticket.bin"), self.path("base.bin"))
+        for source, out in ((path, "one"), (self.path("hf"), "two")):
+            run(import_hf, source, self.path("ticket.bin"), self.path(out))
+            ours = self.our_logits(self.path("base.bin"), self.path("ticket.bin"))
+            self.assert_same(logits(load(self.path(out))), ours)
+        for name in ("model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"):
+            with open(self.path(f"one/{name}"), "rb") as one, open(self.path(f"two/{name}"), "rb") as two:
+                self.assertEqual(one.read(), two.read(), name)
+
+    def test_broken(self):
+        """One line for each, and nothing written."""
+        model = random_model(gguf_config())
+        good, path, out = gguf_tensors(model), self.path("model.gguf"), self.path("no.bin")
+
+        def refused(wrong, *args, tensors=good, config=model.config, **changes):
+            write_gguf(path, config, tensors, **changes)
+            self.refuses(wrong, export_hf, path, out, *args)
+
+        refused("'general.architecture' is 'qwen2', rigsa.c knows only 'llama'",
+                metadata={"general.architecture": "qwen2"})
+        refused("'llama.rope.scaling.type' is 'yarn'", metadata={"llama.rope.scaling.type": "yarn"})
+        refused("'llama.rope.scaling.factor' is 4.0", metadata={"llama.rope.scaling.factor": 4.0})
+        refused("'llama.rope.dimension_count' is 16, rigsa.c knows only 32",
+                metadata={"llama.rope.dimension_count": 16})
+        refused("'llama.attention.value_length' is 16, rigsa.c knows only 32",
+                metadata={"llama.attention.value_length": 16})
+        refused("has 'llama.logit_scale' in its metadata", metadata={"llama.logit_scale": 0.5})
+        refused("one of 3 parts; join them", metadata={"split.count": 3})
+        refused("has no 'llama.block_count'", without=["llama.block_count"])
+        refused("'num_attention_heads' is 'many'", metadata={"llama.attention.head_count": "many"})
+        refused("has shape (256, 256), its metadata ask for (8192, 256)",
+                metadata={"llama.attention.key_length": 1024, "llama.rope.dimension_count": 1024})
+        refused("'token_embd.weight' has shape (60, 256), its metadata ask for (61, 256)",
+                metadata={"llama.vocab_size": 61})
+        refused("has shape (512, 256), its metadata ask for (480, 256)",
+                metadata={"llama.feed_forward_length": 480})
+        refused("big-endian; run gguf-convert-endian", endian=gguf.GGUFEndian.BIG)
+        refused("'blk.1.ffn_up.weight' is not in it",
+                tensors={name: good[name] for name in good if name != "blk.1.ffn_up.weight"})
+        extra = np.ones(4, np.float32), None
+        refused("has biases, 'blk.0.attn_q.bias'", tensors=good | {"blk.0.attn_q.bias": extra})
+        refused("has scaled rotary positions, 'rope_freqs.weight'", tensors=good | {"rope_freqs.weight": extra})
+        refused("has a tensor that no plain Llama has, 'blk.0.attn_q_norm.weight'",
+                tensors=good | {"blk.0.attn_q_norm.weight": extra})
+        hf = "--hf", self.path("hf")
+        refused("holds no tokenizer, 'tokenizer.ggml.tokens' is missing", *hf,
+                without=["tokenizer.ggml.tokens"])
+        refused("'tokenizer.ggml.model' is 'llama', only 'gpt2' can be written", *hf,
+                metadata={"tokenizer.ggml.model": "llama"})
+        refused("'tokenizer.ggml.pre' is 'qwen2', only 'smollm' can be written", *hf,
+                metadata={"tokenizer.ggml.pre": "qwen2"})
+        refused("'tokenizer.ggml.bos_token_id' is 60, of 60 tokens", *hf,
+                metadata={"tokenizer.ggml.bos_token_id": 60})
+        write_gguf(path, model.config, good, without=["tokenizer.ggml.tokens"])
+        self.assert_same(self.our_logits(self.export(path)), logits(model))  # a base needs no tokenizer
+
+        write_gguf(path, model.config, good)
+        with open(path, "rb") as file:
+            whole = file.read()
+        kind = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
+        for number in (99, 2 ** 31):
+            with open(path, "wb") as file:
+                file.write(whole[:kind] + struct.pack("<I", number) + whole[kind + 4:])
+            self.refuses(f"{path}: damaged, cut off, or of a type that the package gguf does not know",
+                         export_hf, path, out)
+        r = random.Random(1)
+        data = whole.index(b"\0" * 8, whole.rindex(b".weight"))
+        lengths = [r.randrange(data) for _ in range(60)] + [r.randrange(data, len(whole)) for _ in range(9)]
+        for length in [0, 3, 4, 8, 12, 24] + lengths:
+            with open(path, "wb") as file:
+                file.write(whole[:length])
+            with self.subTest(length=length):
+                self.refuses(f"{path}: {'damaged, cut off' if length >= 4 else 'not a GGUF file'}",
+                             export_hf, path, out)
+        os.remove(path)
+        self.refuses("No such file", export_hf, path, out)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["base.bin", "data.bin", "logits"])
+
+
+@unittest.skipUnless(os.path.isdir(SMOLLM2), "no folder with SmolLM2's tokenizer given")
+class GgufTokenizer(Folder):
+    def test_same(self):
+        """
+        What llama.cpp's converter keeps of SmolLM2's tokenizer becomes its tokenizer.json again, entry for
+        entry.
+        """
+        official = os.path.join(SMOLLM2, "tokenizer")
+        expected = load_json(os.path.join(official, "tokenizer.json"))
+        template = load_json(os.path.join(official, "tokenizer_config.instruct.json"))["chat_template"]
+        vocab = expected["model"]["vocab"]
+        tokens = sorted(vocab, key=vocab.get)
+        special = {token["content"] for token in expected["added_tokens"]}
+        metadata = {
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
+            "tokenizer.ggml.tokens": tokens + ["[PAD0]"],
+            "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens] + [5],
+            "tokenizer.ggml.merges": expected["model"]["merges"], "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 2,
+            "tokenizer.chat_template": template, "llama.context_length": 8192,
+        }
+        files = gguf_tokenizer.tokenizer_files(metadata)
+        self.assertEqual(files["tokenizer.json"], expected)
+        for name, content in files.items():
+            checkpoint.write_json(self.path(name), content)
+        ours = AutoTokenizer.from_pretrained(self.folder)
+        self.assertEqual((ours.bos_token_id, ours.eos_token_id, ours.unk_token_id, ours.pad_token_id), (1, 2, 0, 2))
+        self.assertEqual((len(ours), ours.model_max_length), (49152, 8192))
+        self.assertEqual(ours.chat_template, template)
 
 
 # ----------------------------------------------------------------------------------------------------
