@@ -10,15 +10,25 @@
 //
 // The last line is `N passed, N failed`; the exit status is 0 only if nothing failed.
 
+#define _GNU_SOURCE
+#include <signal.h>
+#include <stdio.h>
+#include <unistd.h>
+
+// kill -9 before the n-th rename or removal of a file
+static int steps_to_death = -1;
+static void step(void) { if (steps_to_death >= 0 && steps_to_death-- == 0) kill(getpid(), SIGKILL); }
+#define rename(from, to) (step(), rename(from, to))
+#define unlink(path) (step(), unlink(path))
+
 #define TESTING
-#include "train_rigsa.c"
+#include "dev/evaluate.c"                // which includes train_rigsa.c
 #include <ftw.h>
 #include <sys/wait.h>
 #ifdef _OPENMP
 enum { HAVE_THREADS = 1 };
 #else
 enum { HAVE_THREADS = 0 };
-static void omp_set_num_threads(int threads) { (void)threads; }
 #endif
 
 #define COUNT_OF(array) (sizeof (array) / sizeof *(array))
@@ -27,7 +37,7 @@ static void omp_set_num_threads(int threads) { (void)threads; }
 const char *__asan_default_options(void);
 const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // The harness
 //
 // With --selftest each check of numbers is repeated on corrupted copies of them and must fail then.
@@ -110,7 +120,7 @@ static void check_close(const char *what, const float *a, const float *b, size_t
     free(copy);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // What the topics are tried on: small models with random weights, child processes
 
 static uint64_t draws;                      // random arrays so far in this topic
@@ -134,11 +144,11 @@ static const Config
 static const Shape FEW[] = { { 2, 1 }, { 5, 3 }, { 9, 1 }, { 17, 14 } };
 enum { MOST_EXAMPLES = 16 };
 
-// Lays examples first .. end - 1 end to end.
+// A batch of examples first .. end - 1.
 static void rig_batch(Run *run, size_t first, size_t end)
 {
-    batch_clear(&run->batch, 0);
-    for (size_t e = first; e < end; e++) batch_add(&run->batch, &run->data, e, 0, 0);
+    for (size_t e = first; e < end; e++) run->batch.example[e - first] = (uint32_t)e;
+    batch_lay(&run->batch, &run->data, end - first);
 }
 
 // A run on random examples with a model of random weights. All examples lie in its batch.
@@ -150,9 +160,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     uint32_t *length = integers(examples), *answer = integers(examples), *token;
     *data = (Data){ .V = config.V, .examples = examples, .width = 4, .length = length, .answer = answer };
     data->offset = allocate(examples, sizeof(size_t));
-    data->leader = integers(examples), data->shared = integers(examples);
     for (size_t e = 0; e < examples; e++) {
-        data->leader[e] = (uint32_t)e;
         length[e] = shape[e].length;
         answer[e] = shape[e].answer;
         data->offset[e] = data->tokens;
@@ -161,7 +169,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     }
     data->token = token = integers(data->tokens);
     for (size_t i = 0; i < data->tokens; i++) token[i] = (uint32_t)(mix(i + 1) % config.V);
-    run->batch = batch_alloc(data->tokens, data->tokens, 4 * data->tokens);
+    run->batch = batch_alloc(data->tokens, data->tokens, data->tokens);
     run->verdict = allocate(examples, sizeof(Verdict));
     rig_batch(run, 0, examples);
 
@@ -174,7 +182,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
         for (size_t i = 0; t->rows == 1 && i < t->n; i++) t->value[i] += 1;
     }
     model->base.hash = hash64(model->base_arena, weights * sizeof(float));
-    acts_alloc(model, (Largest){ data->tokens, data->longest, run->batch.answer.n, 4 * data->tokens, 1 }, 1);
+    acts_alloc(model, (Largest){ data->tokens, data->longest, run->batch.answer.n, data->tokens, 1 }, 1);
     return run;
 }
 
@@ -205,7 +213,7 @@ static void adapter_set(Model *model, const uint8_t *mask, const float *value, c
 }
 
 // A rig with random values and gates of about +-0.5. A density of 1 is the dense adapter, which has no index.
-static Run *rig_adapter(Config config, double density, Rest rest)
+static Run *rig_adapter(Config config, double density)
 {
     Run *run = rig_make(config, FEW, COUNT_OF(FEW));
     Model *model = &run->model;
@@ -214,7 +222,6 @@ static Run *rig_adapter(Config config, double density, Rest rest)
     uint8_t *mask = allocate(n, 1);
     for (size_t a = 0; a < count; a++) gates[a] += a % 2 ? 0.5f : -0.5f;
     for (size_t i = 0; i < n; i++) mask[i] = (double)(mix(n + i) >> 32) < density * 0x1p32;
-    model->init.rest = rest;
     if (density < 1) return adapter_set(model, mask, value, gates), run;
     adapter_alloc(model);
     memcpy(model->value_arena, value, n * sizeof(float));
@@ -229,7 +236,26 @@ static double rig_loss(Run *run)
     return head_forward_backward(&run->model, &run->batch, 0, 0) / (double)run->batch.answer.n;
 }
 
-static const float *rig_logits(Run *run) { return rig_loss(run), run->model.acts.logits; }
+// What the answer rows (M, width) hold, in the order of the examples: a batch sorts them.
+static float *in_order(const Batch *batch, const float *rows, size_t width)
+{
+    float *ordered = floats(batch->answer.n * width), *to = ordered;
+    for (uint32_t e = 0; to < ordered + batch->answer.n * width; e++)
+        for (size_t s = 0; s < batch->S; s++) {
+            size_t first = batch->answer.start[s], n = batch->answer.start[s + 1] - first;
+            if (batch->example[s] != e) continue;
+            memcpy(to, rows + first * width, n * width * sizeof(float));
+            to += n * width;
+        }
+    return ordered;
+}
+
+// The logits of all answer rows, in the order of the examples.
+static const float *rig_logits(Run *run)
+{
+    rig_loss(run);
+    return in_order(&run->batch, run->model.acts.logits, run->model.config.V);
+}
 
 // The mean loss over all examples, with gradients, over forward passes of `micro` examples.
 static double rig_gradient(Run *run, size_t micro)
@@ -307,7 +333,7 @@ static void check_dies(const char *what, void (*body)(const void *), const void 
     record(status == 1 && line && !line[1] && strstr(said, word), "%s: exit status %d, said: %s", what, status, said);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // Against PyTorch
 
 static const char *const *dumps;            // files
@@ -320,7 +346,7 @@ static Agreement agreement[40];
 // About ten times the largest error on the fixture (7e-7, 1e-7, 2e-6), where PyTorch's own float32 is off by as much.
 // Deeper models are further off, here and there (8 layers: 8e-6), so ten times PyTorch's error is allowed too; not that
 // alone, because the error of a single number may be small by luck.
-static const double LOGITS = 1e-5, LOSS = 2e-6, GRADIENT = 2e-5;
+static const double LOGITS_BOUND = 1e-5, LOSS_BOUND = 2e-6, GRADIENT_BOUND = 2e-5;
 
 // One tensor of one case, 0 or 1.
 static void check_torch(int at, const char *kind, const float *a, const float *b, size_t n, double bound, float error32)
@@ -353,19 +379,19 @@ static void torch_sparse(Run *run, const File *file, int at, const float *error3
     const float *delta_values = dumped(file, "delta", at, all, 4), *ddelta = dumped(file, "ddelta", at, all, 4);
     const float *gates = dumped(file, "gates", at, count, 4), *dgates = dumped(file, "dgates", at, count, 4);
     adapter_set(model, dumped(file, "mask", at, all, 1), delta_values, gates);
-    check_torch(at, "logits", rig_logits(run), dumped(file, "logits", at, values, 4), values, LOGITS, error32[0]);
+    check_torch(at, "logits", rig_logits(run), dumped(file, "logits", at, values, 4), values, LOGITS_BOUND, error32[0]);
     float loss = (float)rig_gradient(run, MOST_EXAMPLES);
-    check_torch(at, "loss", &loss, dumped(file, "loss", at, 1, 4), 1, LOSS, error32[1]);
+    check_torch(at, "loss", &loss, dumped(file, "loss", at, 1, 4), 1, LOSS_BOUND, error32[1]);
     error32 += 2 + model->base_tensors;
     for (size_t a = 0; a < count; a++) {
         Tensor *delta = delta_tensor(model, a);
         float *expected = floats(delta->n);
         for (size_t k = 0; k < delta->n; k++) expected[k] = ddelta[delta->index[k]];
-        if (delta->n) check_torch(at, kind_of(delta), delta->grad, expected, delta->n, GRADIENT, error32[a]);
+        if (delta->n) check_torch(at, kind_of(delta), delta->grad, expected, delta->n, GRADIENT_BOUND, error32[a]);
         else check_number("gate of an empty mask", gates_tensor(model)->grad[a], 0);
         ddelta += delta->rows * delta->cols;
     }
-    check_torch(at, "gates", gates_tensor(model)->grad, dgates, count, GRADIENT, error32[count]);
+    check_torch(at, "gates", gates_tensor(model)->grad, dgates, count, GRADIENT_BOUND, error32[count]);
 }
 
 // The plain adapter on a base that has W in W0's place: gradients of every base tensor.
@@ -373,12 +399,14 @@ static void torch_plain(Run *run, const File *file, int at, const float *error32
 {
     Model *model = &run->model;
     const float *dweights = dumped(file, "dweights", at, base_weights(model), 4);
-    merge(model);
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
+        if (t->adapter >= 0) memcpy(t->value, rigsa_weight(model, t), t->n * sizeof(float));
+    model->adapter = PLAIN;
     trained_arenas(model, model->tensors, model->tensors + model->all_tensors);
     rig_gradient(run, MOST_EXAMPLES);
     for (size_t i = 0; i < model->base_tensors; dweights += model->tensors[i++].n) {
         const Tensor *t = &model->tensors[i];
-        check_torch(at, kind_of(t), t->grad, dweights, t->n, GRADIENT, error32[2 + i]);
+        check_torch(at, kind_of(t), t->grad, dweights, t->n, GRADIENT_BOUND, error32[2 + i]);
     }
 }
 
@@ -422,14 +450,17 @@ static void test_torch_adamw(void)
         float *w = copy_of(start, n * 4), *m = floats(n), *v = floats(n), lr = hyper[0];
         double off = 0;
         check_same("betas and epsilon", hyper + 1, (float[]){ BETA1, BETA2, ADAM_EPS }, 3 * sizeof(float));
-        for (size_t t = 1; t <= 10; t++) adamw(w, grads + (t - 1) * n, m, v, n, lr, hyper[4], 1, t);
-        for (size_t i = 0; i < n; i++) off = fmax(off, fabs((double)w[i] - result[i]) / fmax(fabs(result[i]), lr));
+        for (size_t t = 1; t <= 10; t++) adamw(w, m, v, grads + (t - 1) * n, lr, hyper[4], 1, t, n);
+        for (size_t i = 0; i < n; i++) {                        // a reduction of fmax crashes gcc 12 for aarch64
+            double error = fabs((double)w[i] - result[i]) / fmax(fabs(result[i]), lr);
+            if (!(error <= off)) off = error;               // and a NaN stays
+        }
         check_close("all values", w, result, n, 1e-6);
         check_most("each value", off, 2e-6);
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // Central differences
 //
 // The four-point rule: its error is of order step^4, and that of float of order 1e-7 / step. Where one value of about 1
@@ -487,7 +518,7 @@ enum { NORM_N = 7, NORM_C = 13, NORM_ALL = NORM_N * NORM_C };
 
 static double rmsnorm_loss(void)
 {
-    rmsnorm_forward(on.out, on.kept, on.in[0], on.in[1], NORM_N, NORM_C, 1e-2f);
+    rmsnorm_forward(on.out, on.kept, on.in[0], on.in[1], 1e-2f, NORM_N, NORM_C);
     return bench_loss(NORM_ALL);
 }
 
@@ -510,7 +541,7 @@ static void turn(float *x, float direction)
 {
     float cosine[ROPE_T * ROPE_D / 2], sine[ROPE_T * ROPE_D / 2];
     rope_table(cosine, sine, ROPE_T, ROPE_D, 500);
-    rope(x, cosine, sine, ROPE_POSITION, ROPE_N, ROPE_HEADS, ROPE_D, direction);
+    rope(x, cosine, sine, ROPE_POSITION, direction, ROPE_N, ROPE_HEADS, ROPE_D);
 }
 
 static double rope_loss(void)
@@ -540,12 +571,11 @@ enum { ATT_S = 3, ATT_T = 70, ATT_N = 74, ATT_H = 6, ATT_KV = 2, ATT_D = 4, ATT_
 _Static_assert(ATT_T * ATT_H / ATT_KV > QUERIES, "attention must cross a block");
 static uint32_t ATT_KEYS[ATT_S + 1] = { 0, 3, 73, 74 };
 static Rows query;
-static float *scores;
+static Attention on_attention;
 
 static double attention_loss(void)
 {
-    attention_forward(on.out, on.kept, on.in[0], on.in[1], on.in[2], scores, &query, ATT_KEYS,
-                      ATT_S, ATT_H, ATT_KV, ATT_D, ATT_T);
+    attention_forward(on.out, on.kept, on.in[0], on.in[1], on.in[2], &on_attention);
     return bench_loss(query.n * ATT_H * ATT_D);
 }
 
@@ -576,8 +606,8 @@ static void attention_case(const char *what, Rows rows)
     attention_loss();
     check_close(what, on.out, gathered, n, 2e-6);
     check_close("log of the sum", on.kept, lse, rows.n * ATT_H, 2e-6);
-    attention_backward(on.din[0], on.din[1], on.din[2], on.dout, on.out, on.kept, on.in[0], on.in[1], on.in[2], scores,
-                       &query, ATT_KEYS, ATT_S, ATT_H, ATT_KV, ATT_D, ATT_T);
+    attention_backward(on.din[0], on.din[1], on.din[2], on.dout, on.out, on.kept, on.in[0], on.in[1], on.in[2],
+                       &on_attention);
     check_gradient("dq", attention_loss, 0, n);
     check_gradient("dk", attention_loss, 1, ATT_ALL);
     check_gradient("dv", attention_loss, 2, ATT_ALL);
@@ -586,7 +616,8 @@ static void attention_case(const char *what, Rows rows)
 static void test_attention(void)
 {
     uint32_t all[ATT_N], some[68] = { 2 };
-    scores = floats((size_t)omp_get_max_threads() * block_floats(ATT_H / ATT_KV, ATT_T, ATT_D));
+    float *blocks = floats((size_t)omp_get_max_threads() * block_floats(ATT_H / ATT_KV, ATT_T, ATT_D));
+    on_attention = (Attention){ &query, ATT_KEYS, blocks, ATT_S, ATT_H, ATT_KV, ATT_D, ATT_T };
     for (uint32_t i = 0, s = 0; i < ATT_N; i++) {
         s += i == ATT_KEYS[s + 1];
         all[i] = i - ATT_KEYS[s];
@@ -656,8 +687,8 @@ static void test_embedding(void)
     float embed[V * C], x[(N + 1) * C], dembed[V * C], expected[V * C];
     for (size_t i = 0; i < V * C; i++) embed[i] = (float)i, dembed[i] = expected[i] = (float)(i % 5);
     for (size_t i = 0; i < (N + 1) * C; i++) x[i] = -1;
-    embedding_forward(x, embed, token, N, C);
-    embedding_backward(dembed, x, token, N, C);
+    gather_forward(x, embed, token, N, C);
+    gather_backward(dembed, x, token, N, C);
     for (size_t i = 0; i < N * C; i++) expected[token[i / C] * C + i % C] += x[i];
     check("nothing beyond", x[N * C] == -1);
     for (size_t n = 0; n < N; n++) check_same("rows", x + n * C, embed + token[n] * C, C * sizeof(float));
@@ -694,10 +725,9 @@ static void test_whole_loss(void)
     static const Config *const configs[] = { &ODD, &UNTIED };
     for (int c = 0; c < 2; c++) {
         check_whole("full", rig_full(*configs[c], FEW, COUNT_OF(FEW)));
-        check_whole("dense", rig_adapter(*configs[c], 1, REST_ZERO));
-        check_whole("half", rig_adapter(*configs[c], 0.5, REST_ZERO));
-        check_whole("a twentieth, sampled", rig_adapter(*configs[c], 0.05, REST_ZERO));
-        check_whole("half, rest init", rig_adapter(*configs[c], 0.5, REST_INIT));
+        check_whole("dense", rig_adapter(*configs[c], 1));
+        check_whole("half", rig_adapter(*configs[c], 0.5));
+        check_whole("a twentieth, sampled", rig_adapter(*configs[c], 0.05));
     }
 }
 
@@ -713,8 +743,8 @@ static void halve_base(Model *model)
             t->value = memcpy(value, t->value, t->n * sizeof(float));
             value += t->n;
         } else {
-            t->half = allocate(t->n, sizeof(uint16_t));
-            for (size_t i = 0; i < t->n; i++) t->half[i] = (uint16_t)round_bf16(t->value[i]);
+            t->bf16 = allocate(t->n, sizeof(uint16_t));
+            for (size_t i = 0; i < t->n; i++) t->bf16[i] = (uint16_t)round_bf16(t->value[i]);
             t->value = NULL;
         }
     }
@@ -728,7 +758,7 @@ static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
     precision = of;
     model->acts = (Activations){ .recompute = recompute };
     rig_batch(run, 0, run->data.examples);
-    acts_alloc(model, (Largest){ run->data.tokens, run->data.longest, run->batch.answer.n, 0, 0 }, 1);
+    acts_alloc(model, (Largest){ run->data.tokens, run->data.longest, run->batch.answer.n, run->data.tokens, 1 }, 1);
     rig_gradient(run, MOST_EXAMPLES);
     precision = FP32;
     return copy_of(model->grad_arena, n * sizeof(float));
@@ -738,21 +768,21 @@ static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
 static void test_precision_and_recompute(void)
 {
     for (int i = 0; i < 4; i++) {
-        Run *run = i == 0 ? rig_full(ODD, FEW, COUNT_OF(FEW)) : rig_adapter(ODD, i == 1 ? 1 : i == 2 ? 0.5 : 0.05, REST_ZERO);
+        Run *run = i == 0 ? rig_full(ODD, FEW, COUNT_OF(FEW)) : rig_adapter(ODD, i == 1 ? 1 : i == 2 ? 0.5 : 0.05);
         Model *model = &run->model;
         size_t n = i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model);
         float *single = rig_gradient_in(run, FP32, 0, n);
         check_same("recomputed", rig_gradient_in(run, FP32, 1, n), single, n * sizeof(float));
         if (i > 0) halve_base(model);
         for (int recompute = 0; recompute < 2; recompute++) {
-            float *brain = rig_gradient_in(run, BF16, recompute, n);
-            check_most(recompute ? "bfloat16, recomputed" : "bfloat16", relative_error(brain, single, n), 0.03);
-            check("bfloat16 is not fp32", memcmp(brain, single, n * sizeof(float)) != 0);
+            float *narrow = rig_gradient_in(run, BF16, recompute, n);
+            check_most(recompute ? "bfloat16, recomputed" : "bfloat16", relative_error(narrow, single, n), 0.03);
+            check("bfloat16 is not fp32", memcmp(narrow, single, n * sizeof(float)) != 0);
         }
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // Numbers: matmul, exponential, hash, generator, selection
 
 // Whole numbers up to 8, so that every sum is exact, in any order and in bfloat16 too. What lies between the rows of c stays.
@@ -772,11 +802,12 @@ static void test_matmul(void)
             size_t b_row = apart * (way & 2 ? 1 : N + 2), b_col = apart * (way & 2 ? K + 3 : 1);
             float *a = floats(a_size + b_size + M * (N + 3)), *b = a + a_size, *c = b + b_size, *expected;
             for (size_t i = 0; i < a_size + b_size + M * (N + 3); i++) a[i] = (float)(mix(i + 1) % 17) - 8;
+            const View a_view = { a, a_row, a_col }, b_view = { b, b_row, b_col };
             expected = copy_of(c, M * (N + 3) * sizeof(float));
             precision = way & 16 ? BF16 : FP32;
             omp_set_num_threads(1 << way % 3);                                                         // 4: a grid of 2 x 2
-            matmul(c, N + 3, a, a_row, a_col, b, b_row, b_col, M, N, K, way & 4);
-            matmul_naive(expected, N + 3, a, a_row, a_col, b, b_row, b_col, M, N, K, way & 4);
+            matmul(c, N + 3, a_view, b_view, M, N, K, way & 4);
+            matmul_naive(expected, N + 3, a_view, b_view, M, N, K, way & 4);
             snprintf(what, sizeof what, "%zu x %zu x %zu, way %d", M, N, K, way);
             check_same(what, c, expected, M * (N + 3) * sizeof(float));
         }
@@ -790,11 +821,11 @@ static void test_matmul_bf16(void)
     enum { M = 37, N = 101, K = 203 };
     float *a = randomize(floats(M * K), M * K, 1), *b = randomize(floats(K * N), K * N, 1), *c = floats(2 * M * N);
     precision = BF16;
-    matmul(c, N, a, K, 1, b, N, 1, M, N, K, 0);
+    matmul(c, N, view(a, K), view(b, N), M, N, K, 0);
     precision = FP32;
     for (size_t i = 0; i < M * K; i++) a[i] = widen_bf16((uint16_t)round_bf16(a[i]));
     for (size_t i = 0; i < K * N; i++) b[i] = widen_bf16((uint16_t)round_bf16(b[i]));
-    matmul_naive(c + M * N, N, a, K, 1, b, N, 1, M, N, K, 0);
+    matmul_naive(c + M * N, N, view(a, K), view(b, N), M, N, K, 0);
     check_close("product", c, c + M * N, M * N, 1e-6);
 }
 
@@ -903,12 +934,12 @@ static void test_selection(void)
             }
     check_number("k-th largest magnitude of up to 40", wrong, 0);
     Cut cut = cut_magnitudes((float[]){ 3, 1, -2, 2, 0, -2, 5, 2 }, 8, 7, 0.6);
-    const double found[] = { (double)cut.kept, (double)cut.ties, cut.threshold };
+    const double found[] = { (double)cut.survivors, (double)cut.ties, cut.threshold };
     check_same("cut", found, (double[]){ 4, 2, 2 }, sizeof found);      // floor(4.2 + 0.5) stay: 5, 3, two of the 2s
-    check_number("cut of nothing", (double)cut_magnitudes((float[]){ 1 }, 0, 0, 0.8).kept, 0);
+    check_number("cut of nothing", (double)cut_magnitudes((float[]){ 1 }, 0, 0, 0.8).survivors, 0);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // The adapter, decay, the schedule, the order of the examples
 
 // What rigsa_weight and rigsa_gradient should make of matrix t, entry by entry, in double.
@@ -919,13 +950,12 @@ static void adapter_naive(Model *model, const Tensor *t, const float *x, const f
     const Tensor *delta = delta_tensor(model, a);
     double alpha = gates_tensor(model)->value[a], sum = 0;
     for (size_t i = 0; i < t->n; i++) {
-        int survives = !delta->index || (k < delta->n && delta->index[k] == i);
-        double dw = 0, rest = model->init.rest == REST_INIT ? normal(delta_key(model, a), i, model->init.sigma) : 0;
-        double value = survives ? delta->value[k] : rest;
+        int stays = !delta->index || (k < delta->n && delta->index[k] == i);
+        double dw = 0, value = stays ? delta->value[k] : 0;
         for (size_t n = 0; n < N; n++) dw += (double)dy[n * t->rows + i / t->cols] * x[n * t->cols + i % t->cols];
         w[i] = (float)(t->value[i] + alpha * value);
         sum += dw * value;
-        if (survives) ddelta[k++] = (float)(alpha * dw);
+        if (stays) ddelta[k++] = (float)(alpha * dw);
     }
     *dalpha = (float)sum;
 }
@@ -934,8 +964,8 @@ static void test_adapter(void)
 {
     enum { N = 21 };
     static const double density[] = { 1, 0.5, 0.1, 0 };                         // dense, gathered, sampled, empty
-    for (int i = 0; i < 8; i++) {
-        Model *model = &rig_adapter(ODD, density[i % 4], i < 4 ? REST_ZERO : REST_INIT)->model;
+    for (int i = 0; i < 4; i++) {
+        Model *model = &rig_adapter(ODD, density[i])->model;
         Tensor *t = layer_tensor(model, 1, WQ), *delta = delta_tensor(model, (size_t)t->adapter);
         float *x = randomize(floats(N * t->cols), N * t->cols, 1), *dy = randomize(floats(N * t->rows), N * t->rows, 1);
         float *w = floats(t->n), *ddelta = floats(t->n), dalpha, *gate = &gates_tensor(model)->grad[t->adapter];
@@ -957,33 +987,29 @@ static void test_adapter(void)
 // Under a decay of 1, what is frozen does not move by a bit: not the base, and not W where DeltaW is pruned.
 static void test_frozen(void)
 {
-    for (int rest = REST_ZERO; rest <= REST_INIT; rest++) {
-        Run *run = rig_adapter(ODD, 0.4, (Rest)rest);
-        Model *model = &run->model;
-        int moved = 0, still = 0;
-        float *base = copy_of(model->base_arena, base_weights(model) * sizeof(float));
-        rig_train(run, 5, 0.01f, 1);
-        check_same("base", model->base_arena, base, base_weights(model) * sizeof(float));
-        for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
-            if (t->adapter < 0) continue;
-            const Tensor *delta = delta_tensor(model, (size_t)t->adapter);
-            const float *w = rigsa_weight(model, t), alpha = gates_tensor(model)->value[t->adapter];
-            uint64_t key = delta_key(model, (size_t)t->adapter);
-            for (size_t i = 0, k = 0; i < t->n; i++) {
-                float rests = rest == REST_ZERO ? t->value[i] : t->value[i] + alpha * normal(key, i, model->init.sigma);
-                if (k < delta->n && delta->index[k] == i) still += w[i] == t->value[i], k++;
-                else moved += w[i] != rests;
-            }
+    Run *run = rig_adapter(ODD, 0.4);
+    Model *model = &run->model;
+    int moved = 0, still = 0;
+    float *base = copy_of(model->base_arena, base_weights(model) * sizeof(float));
+    rig_train(run, 5, 0.01f, 1);
+    check_same("base", model->base_arena, base, base_weights(model) * sizeof(float));
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
+        if (t->adapter < 0) continue;
+        const Tensor *delta = delta_tensor(model, (size_t)t->adapter);
+        const float *w = rigsa_weight(model, t);
+        for (size_t i = 0, k = 0; i < t->n; i++) {
+            if (k < delta->n && delta->index[k] == i) still += w[i] == t->value[i], k++;
+            else moved += w[i] != t->value[i];
         }
-        check_number("pruned entries that moved", moved, 0);
-        check_number("survivors that did not", still, 0);
     }
+    check_number("pruned entries that moved", moved, 0);
+    check_number("survivors that did not", still, 0);
 }
 
 // Without a gradient, what is left of an update is decay. A gradient of norm 4 is scaled down to 1, in all tensors.
 static void test_update(void)
 {
-    Model *model = &rig_adapter(ODD, 0.4, REST_ZERO)->model;
+    Model *model = &rig_adapter(ODD, 0.4)->model;
     Tensor *delta = delta_tensor(model, 0), *gates = gates_tensor(model);
     size_t n = adapter_entries(model), count = matrices(model), bytes = (n + count) * sizeof(float);
     float *expected = copy_of(model->value_arena, bytes), *grad = model->grad_arena;
@@ -1040,7 +1066,7 @@ static void test_visit_order(void)
     check("another epoch", memcmp(order + EXAMPLES, order, EPOCH));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // Pruning
 
 // Sets the stored entries of adapted matrix a to these numbers times the sign that each started with: -2 is flipped.
@@ -1151,7 +1177,7 @@ static void keep_sorted(uint8_t *mask, Candidate *candidate, size_t n, double ke
 static void test_prune_is_a_sort(void)
 {
     for (Threshold over = THRESHOLD_MATRIX; over <= THRESHOLD_ALL; over++) {
-        Model *model = &rig_adapter(UNTIED, 1, REST_ZERO)->model;
+        Model *model = &rig_adapter(UNTIED, 1)->model;
         size_t count = matrices(model), all = adapter_entries(model);
         Pruned *pruned = allocate(count, sizeof(Pruned));
         Candidate *candidate = allocate(all, sizeof(Candidate));
@@ -1200,7 +1226,7 @@ static void test_empty_masks(void)
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // Files
 
 static void base_load(Model *model, const char *path)
@@ -1209,14 +1235,13 @@ static void base_load(Model *model, const char *path)
     base_read(model, &file, 0);
 }
 
-// A base and a ticket: a dense adapter, one that was pruned, one that is partly at its initial values, an empty one.
+// A base and a ticket: a dense adapter, one that was pruned, a sparse one, an empty one.
 static void test_save_and_load(void)
 {
-    static const struct { double density; Rest rest; double keep; } cases[] = {
-        { 1, REST_ZERO, 0 }, { 1, REST_ZERO, 0.5 }, { 0.3, REST_INIT, 0 }, { 0, REST_ZERO, 0 } };
+    static const struct { double density, keep; } cases[] = { { 1, 0 }, { 1, 0.5 }, { 0.3, 0 }, { 0, 0 } };
     char *base = in_folder("base.bin"), *ticket = in_folder("ticket.bin");
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
-        Run *saved = rig_adapter(UNTIED, cases[i].density, cases[i].rest);
+        Run *saved = rig_adapter(UNTIED, cases[i].density);
         Run *loaded = rig_make(UNTIED, FEW, COUNT_OF(FEW));
         Model *from = &saved->model, *to = &loaded->model;
         Pruned pruned[ADAPTED];
@@ -1226,7 +1251,7 @@ static void test_save_and_load(void)
         ticket_save(from, ticket, "");
         *to = (Model){ 0 };
         base_load(to, base);
-        acts_alloc(to, (Largest){ loaded->data.tokens, loaded->data.longest, loaded->batch.answer.n, 0, 0 }, 0);
+        acts_alloc(to, (Largest){ loaded->data.tokens, loaded->data.longest, loaded->batch.answer.n, loaded->data.tokens, 1 }, 0);
         ticket_load(to, ticket);
         size_t values = adapter_entries(from) + matrices(from), logits = loaded->batch.answer.n * UNTIED.V;
         check_same("configuration", &to->config, &from->config, sizeof(Config));
@@ -1267,7 +1292,10 @@ static void sample_run(Run *run)
     opt.batch = 1, opt.examples = opt.ticket_examples = 3;
     run->settings = "settings";
     run->passes = 2, run->rows = 2, run->updates = 4;
+    run->evals = 1;
+    run->pruned = allocate(3 * matrices(&run->model), sizeof(Pruned));
     run->row = allocate(4, sizeof(Row));                // one, and one loss, more than there can be
+    run->score = allocate(4, sizeof(Score));
     run->loss = allocate(7, sizeof(double));
 }
 
@@ -1276,8 +1304,8 @@ static void test_state(void)
 {
     char *path = in_folder("state");
     for (int i = 0; i < 3; i++) {
-        Run *from = i < 2 ? rig_adapter(ODD, i ? 0.3 : 1, REST_ZERO) : rig_full(ODD, FEW, COUNT_OF(FEW));
-        Run *to = i < 2 ? rig_adapter(ODD, i ? 1 : 0.3, REST_ZERO) : rig_full(ODD, FEW, COUNT_OF(FEW));
+        Run *from = i < 2 ? rig_adapter(ODD, i ? 0.3 : 1) : rig_full(ODD, FEW, COUNT_OF(FEW));
+        Run *to = i < 2 ? rig_adapter(ODD, i ? 1 : 0.3) : rig_full(ODD, FEW, COUNT_OF(FEW));
         Model *saved = &from->model, *loaded = &to->model;
         size_t n = i < 2 ? adapter_entries(saved) + matrices(saved) : base_weights(saved);
         opt.method = i < 2 ? METHOD_RIGSA : METHOD_FULL;
@@ -1288,15 +1316,20 @@ static void test_state(void)
         randomize(saved->v_arena, n, 1);
         randomize((float *)from->loss, 8, 1);
         randomize((float *)from->row, 2 * sizeof(Row) / 4, 1);
+        randomize((float *)from->score, 2 * sizeof(Score) / 4, 1);
+        randomize((float *)from->pruned, matrices(saved) * sizeof(Pruned) / 4, 1);
         to->rows = to->updates = 0;
         check("saved", state_save(from, path) == 0);
         state_load(to, path);
+        trained_load(loaded, path);
         if (i < 2) check_same("values", loaded->value_arena, saved->value_arena, n * sizeof(float));
         else check_same("weights", loaded->base_arena, saved->base_arena, n * sizeof(float));
         check_same("first moments", loaded->m_arena, saved->m_arena, n * sizeof(float));
         check_same("second moments", loaded->v_arena, saved->v_arena, n * sizeof(float));
         check_same("draw", &loaded->init.draw, &saved->init.draw, sizeof saved->init.draw);
         check_same("rows", to->row, from->row, 2 * sizeof(Row));
+        check_same("scores", to->score, from->score, 2 * sizeof(Score));
+        if (i < 2) check_same("pruned", to->pruned, from->pruned, matrices(saved) * sizeof(Pruned));
         check_same("losses", to->loss, from->loss, 4 * sizeof(double));
         check("place", to->rows == 2 && to->updates == 4 && !loaded->index_arena == (i != 1));
         if (i == 1) check_same("index", loaded->index_arena, saved->index_arena, adapter_entries(saved) * sizeof(uint32_t));
@@ -1327,7 +1360,19 @@ static void open_file(const void *argument)
     if (!strcmp(opening->kind, "data")) data_open(opening->path);
     if (!strcmp(opening->kind, "base")) base_load(&model, opening->path);
     if (!strcmp(opening->kind, "tick")) build_table(&model), ticket_load(&model, opening->path);
-    if (!strcmp(opening->kind, "stat")) state_load(sample.run, opening->path);
+    if (strcmp(opening->kind, "stat")) return;
+    state_load(sample.run, opening->path);
+    trained_load(&sample.run->model, opening->path);
+}
+
+static char *whole_file(const char *path, size_t *length)
+{
+    char *bytes = NULL;
+    FILE *f = fopen(path, "rb"), *to = open_memstream(&bytes, length);
+    for (int c; f && (c = getc(f)) != EOF; ) putc(c, to);
+    if (f) fclose(f);
+    fclose(to);
+    return bytes;
 }
 
 // A word of the file changed, or its end cut off, or lengthened: no kind of file is taken then.
@@ -1347,17 +1392,18 @@ static void test_damaged_files(void)
         { "a section's hash", 56, 1, WHOLE, 0 }, { "the first section", 64, 1, WHOLE, 0 },
         { "the last section", -8, 1, WHOLE, 0 } };
     char what[96], *bad = in_folder("damaged");
-    sample_run(sample.run = rig_adapter(ODD, 0.3, REST_ZERO));
+    sample_run(sample.run = rig_adapter(ODD, 0.3));
     for (int k = 0; k < 4; k++) {
         char *good = in_folder(kinds[k]);
         sample_write(kinds[k], good);
         check("the undamaged file", child(open_file, &(Opening){ kinds[k], good }) == 0);
         check_dies("as another kind", open_file, &(Opening){ kinds[(k + 1) % 4], good }, good);
-        File file = file_open(good, kinds[k]);
+        size_t whole;
+        char *bytes = whole_file(good, &whole);
         for (size_t d = 0; d < COUNT_OF(damages); d++) {
-            size_t length = min_size(file.length, damages[d].longest) + (size_t)damages[d].more;
-            uint32_t *words = memcpy(allocate(file.length + 8, 1), file.bytes, file.length);
-            words[((damages[d].at < 0 ? file.length : 0) + (size_t)damages[d].at) / 4] ^= damages[d].change;
+            size_t length = min_size(whole, damages[d].longest) + (size_t)damages[d].more;
+            uint32_t *words = memcpy(allocate(whole + 8, 1), bytes, whole);
+            words[((damages[d].at < 0 ? whole : 0) + (size_t)damages[d].at) / 4] ^= damages[d].change;
             FILE *f = fopen(bad, "wb");
             if (!f || fwrite(words, 1, length, f) != length || fclose(f)) die("%s: cannot be written", bad);
             snprintf(what, sizeof what, "%s: %s", kinds[k], damages[d].what);
@@ -1368,10 +1414,67 @@ static void test_damaged_files(void)
     check_dies("a folder", open_file, &(Opening){ "base", folder }, folder);
 }
 
+// A section of a file that was changed after it was opened.
+static void read_changed(const void *argument)
+{
+    const Opening *opening = argument;
+    int cut = !strcmp(opening->kind, "data"), base = !strcmp(opening->kind, "base");
+    size_t n;
+    File file = file_open(opening->path, opening->kind);
+    FILE *f = cut ? NULL : fopen(opening->path, "r+b");
+    if (cut && truncate(opening->path, 200)) die("cannot be cut");
+    if (!cut && (!f || fseek(f, -8, SEEK_END) || fwrite("changed!", 8, 1, f) != 1 || fclose(f)))
+        die("cannot be changed");
+    section(&file, cut ? "tokens" : base ? "weights" : "index", 1, &n);
+}
+
+// Checked once and used later: what changes between is noticed, and what has been read stays as it was.
+static void test_changed_files(void)
+{
+    static const char *const kinds[] = { "base", "data", "tick", "stat" };
+    sample_run(sample.run = rig_adapter(ODD, 0.3));
+    for (int k = 0; k < 4; k++) {
+        char *path = in_folder(kinds[k]);
+        sample_write(kinds[k], path);
+        check_dies(kinds[k], read_changed, &(Opening){ kinds[k], path }, k == 1 ? "data: was cut off" : path);
+    }
+    char *path = in_folder("data");
+    sample_write("data", path);
+    Data before = data_open(path), again = data_open(path);
+    if (truncate(path, 0)) die("%s: cannot be cut", path);
+    check("the same hash", before.hash == again.hash);
+    check_same("tokens", before.token, sample.token, sizeof sample.token);
+    check_same("gold", before.gold, sample.gold, sizeof sample.gold);
+}
+
+// Names as they may be and as they may not.
+static void test_names(void)
+{
+    static char longest[128], longer[129];
+    memset(longest, 'x', 127), memset(longer, 'x', 128);
+    const struct { const char *name, *word; } cases[] = {
+        { "arabic_leaderboard_alghafa_multiple_choice_rating_sentiment_no_neutral_task_light", NULL },
+        { longest, NULL },
+        { longer, "127 bytes" }, { "a,b", "commas" }, { "a\"b", "commas" }, { "a\nb", "commas" } };
+    char *path = in_folder("names");
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        file_write(path, "data", (Section[]){ { "vocab", sample.vocab, sizeof sample.vocab },
+            { "length", sample.length, sizeof sample.length },
+            { "answer", sample.answer, sizeof sample.answer },
+            { "tokens", sample.token, sizeof sample.token }, { "metric", "exact", 5 },
+            { "column", cases[i].name, strlen(cases[i].name) } }, 6);
+        if (cases[i].word) check_dies("a name", open_file, &(Opening){ "data", path }, cases[i].word);
+        else check_same("a name", data_open(path).column, cases[i].name, strlen(cases[i].name) + 1);
+    }
+    const char *letters = "x\u0431\u0431\u0431\u0431\u0431\u0431\u0431\u0431";        // of two bytes
+    check_number("bytes that are shown", heading_width(letters), 15);
+    check_number("but no half letter", heading_width(letters + 1), 14);
+}
+
 // Whole files in which one number cannot be.
 static void test_wrong_numbers(void)
 {
-    sample_run(sample.run = rig_adapter(ODD, 0.3, REST_ZERO));
+    sample_run(sample.run = rig_adapter(ODD, 0.3));
     Run *run = sample.run;
     Model *model = &run->model;
     Config *config = &model->config;
@@ -1394,7 +1497,8 @@ static void test_wrong_numbers(void)
         { "stat", "a pass too many", &run->rows, 4, "damaged" }, { "stat", "an update too few", &run->updates, 2, "damaged" },
         { "stat", "an update too many", &run->updates, 7, "damaged" }, { "stat", "another base", &run->hash[0], 1, "changed" },
         { "stat", "a moment is NaN", run->model.m_arena, 0x7fc00000, "`m`" },
-        { "stat", "a gate is infinite", gates_tensor(model)->value, 0x7f800000, "`gates`" },
+        { "stat", "a gate is infinite", gates_tensor(model)->value, 0x7f800000, "`values`" },
+        { "tick", "a gate of a ticket is infinite", gates_tensor(model)->value, 0x7f800000, "`gates`" },
         { "base", "a weight is NaN", &model->base_arena[7], 0x7fc00000, "embed" },
         { "tick", "a value is NaN", &model->value_arena[1], 0xffc00000, "`values`" },
         { "tick", "an index twice", &index[1], index[0], "ascending" },
@@ -1416,7 +1520,7 @@ static void test_wrong_numbers(void)
     sample.metric = "acc";
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // Threads, batches, training
 
 static const Shape LONG[] = { { 67, 40 }, { 3, 1 }, { 130, 1 }, { 66, 65 } };       // attention takes 48 rows of three heads
@@ -1429,7 +1533,7 @@ static void train_on(int threads, Outcome outcome[3])
 {
     omp_set_num_threads(threads);
     for (int i = draws = 0; i < 3; i++, outcome++) {
-        Run *run = i == 0 ? rig_full(ODD, LONG, COUNT_OF(LONG)) : rig_adapter(ODD, i == 1 ? 1 : 0.05, REST_ZERO);
+        Run *run = i == 0 ? rig_full(ODD, LONG, COUNT_OF(LONG)) : rig_adapter(ODD, i == 1 ? 1 : 0.05);
         Model *model = &run->model;
         Pruned pruned[2 * ADAPTED];
         size_t bytes = (i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model)) * sizeof(float);
@@ -1460,7 +1564,7 @@ static void test_threads(void)
     omp_set_num_threads(usual);
 }
 
-// Sequences laid end to end do not see each other: the same as one at a time. The head takes its 655 rows in two.
+// Sequences of a batch do not see each other: the same as one at a time. The head takes its 655 rows in two.
 static void test_batches(void)
 {
     static const Shape many[] = { { 67, 1 }, { 101, 1 }, { 2, 1 }, { 211, 1 }, { 280, 2 } };
@@ -1469,7 +1573,7 @@ static void test_batches(void)
     size_t weights = base_weights(model);
     float whole = (float)rig_gradient(run, MOST_EXAMPLES);
     float *gradient = copy_of(model->grad_arena, weights * sizeof(float));
-    float *logp = copy_of(model->acts.logp, run->batch.answer.n * sizeof(float));
+    float *logp = in_order(&run->batch, model->acts.logp, 1);
     for (size_t micro = 1; micro <= 3; micro += 2) {                            // 3: the last batch is smaller
         float loss = (float)rig_gradient(run, micro);
         check_close("loss", &loss, &whole, 1, 1e-6);
@@ -1513,13 +1617,17 @@ static void test_whole_runs(void)
     static const struct { const char *out, *seed, *method; } runs[] = {
         { "first", "1", "rigsa" }, { "again", "1", "rigsa" }, { "other", "2", "rigsa" }, { "full", "1", "full" } };
     uint64_t hash[3];
-    char *base = in_folder("base.bin"), *data = in_folder("data.bin"), *ticket = NULL;
+    char *base = in_folder("base.bin"), *data = in_folder("data.bin"), *eval = in_folder("eval.bin");
+    char *ticket = NULL;
     sample.run = rig_make(TINY, FEW, 1);
     sample_write("base", base);
+    sample_write("data", eval);
+    sample.metric = "exact";                            // wrong choices are not trained on
     sample_write("data", data);
+    sample.metric = "acc";
     for (int i = 0; i < 4; i++) {
         const char *out = in_folder(runs[i].out);
-        const char *argv[] = { "train_rigsa", "--base", base, "--data", data, "--eval", data, "--out", out,
+        const char *argv[] = { "train_rigsa", "--base", base, "--data", data, "--eval", eval, "--out", out,
             "--examples", "40", "--ticket-examples", "20", "--rounds", "2", "--batch", "3", "--alpha-lr", "0.25",
             "--seed", runs[i].seed, "--method", runs[i].method, NULL };
         int status = child(whole_run, argv);
@@ -1531,13 +1639,76 @@ static void test_whole_runs(void)
         ticket_load(&sample.run->model, ticket);
         hash[i] = ticket_hash(&sample.run->model);
     }
-    const char *argv[] = { "", "--base", base, "--ticket", ticket, "--method", "eval", "--eval", data, NULL };
+    const char *argv[] = { "", "--base", base, "--ticket", ticket, "--method", "eval", "--eval", eval, NULL };
     check("the ticket is evaluated", child(whole_run, argv) == 0);
     check_same("the same seed", &hash[1], &hash[0], sizeof *hash);
     check("another seed", hash[2] != hash[0]);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+static int holds(const char *path, const char *text)
+{
+    size_t length;
+    char *bytes = whole_file(path, &length);
+    return memmem(bytes, length, text, strlen(text)) != NULL;
+}
+
+// Whether the outputs in the folder `out` are of one run only, the one that began first (`old`) or the one
+// that overwrites it; with `all`, whether all of them are there. Returns NULL, or the file that is wrong.
+static const char *mixed(const char *out, int old, int all)
+{
+    static const struct { const char *file, *old, *new; } outputs[] = {
+        { "settings.txt", " rigsa", " full" }, { "table.csv", "\nticket", "\nfull" }, { "pruning.csv", "\n1,0,q,", NULL },
+        { "loss.csv", "ticket", "full" }, { "ticket.bin", " rigsa", NULL }, { "model.bin", NULL, "base" },
+        { "state.bin", " rigsa", " full" } };
+    char path[PATH_MAX];
+    for (size_t i = 0; i < COUNT_OF(outputs); i++) {
+        const char *word = old ? outputs[i].old : outputs[i].new;
+        const char *other = old ? outputs[i].new : outputs[i].old;
+        snprintf(path, sizeof path, "%s/%s", out, outputs[i].file);
+        int there = access(path, F_OK) == 0;
+        int wrong = there && (!word || (other && holds(path, other)) || (all && !holds(path, word)));
+        if (wrong || (all && word && !there)) return outputs[i].file;
+    }
+    return NULL;
+}
+
+// A run is overwritten by one of another method that dies before each of its steps from file to file. The
+// folder is always one run's, --resume brings it to its end, and then it has all that this run has.
+static void test_overwritten(void)
+{
+    char *base = in_folder("base.bin"), *data = in_folder("data.bin"), *eval = in_folder("eval.bin");
+    char *out = in_folder("over"), state[PATH_MAX];
+    snprintf(state, sizeof state, "%s/state.bin", out);
+    sample.run = rig_make(TINY, FEW, 1);
+    sample_write("base", base);
+    sample_write("data", eval);
+    sample.metric = "exact";
+    sample_write("data", data);
+    sample.metric = "acc";
+    int status = -1, old_left = 0, new_left = 0;
+    for (int n = 0; status != 0; n++) {
+        const char *argv[] = { "", "--base", base, "--data", data, "--eval", eval, "--out", out,
+            "--overwrite", "--examples", "6", "--ticket-examples", "6", "--rounds", "1",
+            "--batch", "3", "--method", "rigsa", NULL };
+        const char *resume[] = { "", "--out", out, "--resume", NULL };
+        steps_to_death = -1;
+        if (child(whole_run, argv)) { record(0, "the run before: %s", said); return; }
+        steps_to_death = n;
+        argv[19] = "full";
+        status = child(whole_run, argv);
+        steps_to_death = -1;
+        int old = holds(state, " rigsa");
+        const char *bad = mixed(out, old, 0);
+        record(!bad, "killed before step %d: %s is not of the %s run", n, bad, old ? "old" : "new");
+        int again = child(whole_run, resume);
+        bad = mixed(out, old, 1);
+        record(again == 0 && !bad, "resumed after step %d: status %d, %s: %s", n, again, bad, said);
+        old_left += old, new_left += !old;
+    }
+    check("some left the old run, some the new one", old_left > 5 && new_left > 5);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
 // Evaluation, options
 
 static void test_scores(void)
@@ -1617,199 +1788,55 @@ static void test_judge(void)
     check_dies("weights that are not numbers", judge_all, run, "finite");
 }
 
-// Two questions of three and two choices, whose first tokens are the same up to beyond the answer's start; the last two are the
-// same throughout. Judged all at once, and where a question does not fit into one batch.
-static void test_shared_contexts(void)
+// How many tokens have a row of their own, by the definition: no earlier example begins with the same tokens.
+static size_t rows_naive(const Data *data)
 {
-    static const Shape shape[] = { { 70, 66 }, { 75, 66 }, { 68, 66 }, { 9, 4 }, { 9, 4 } };
-    static const uint32_t leader[] = { 0, 0, 0, 3, 3 }, same[] = { 0, 66, 67, 0, 9 };       // tokens that are made the same
-    static const struct { size_t N, M, K; } room[] = { { 89, 30, 240 }, { 88, 30, 240 }, { 90, 30, 225 }, { 77, 10, 75 } };
-    static const size_t first[] = { 5, 3, 4, 1 };                               // examples in the first batch
-    Run *run = rig_make(ODD, shape, COUNT_OF(shape));
-    Data *data = &run->data;
-    Activations *acts = &run->model.acts;
-    uint32_t *token = (uint32_t *)data->token;
-    for (size_t e = 0; e < COUNT_OF(shape); e++) {
-        memcpy(token + data->offset[e], token + data->offset[leader[e]], same[e] * sizeof *token);
-        if (same[e] < shape[e].length && same[e]) token[data->offset[e] + same[e]] = token[data->offset[leader[e]] + same[e]] ^ 1;
-    }
-    data->rows = data->tokens;
-    for (size_t e = 0; e < COUNT_OF(shape); e++) data_share(data, e, leader[e]);
-    check_number("rows of the evaluation", (double)data->rows, 70 + 9 + 1 + 9);
-    for (size_t r = 0; r < COUNT_OF(room); r++) {
-        acts->N = room[r].N, acts->M = room[r].M, acts->K = room[r].K;
-        check_number("examples at once", (double)judge(&run->model, run->verdict, &run->batch, data, 0), (double)first[r]);
-        judge_all(run);
-        for (size_t e = 0; e < COUNT_OF(shape); e++)
-            check_most("log-probability", fabs(run->verdict[e].logp / judge_naive(run, e).logp - 1), 1e-6);
-    }
+    size_t rows = 0;
+    for (size_t e = 0; e < data->examples; e++)
+        for (size_t t = 0; t < data->length[e]; t++) {
+            size_t earlier = 0;
+            while (earlier < e && common_prefix(data, e, earlier) <= t) earlier++;
+            rows += earlier == e;
+        }
+    return rows;
 }
 
-// A sequence in three parts, beside another one: what the last part says is what the whole says.
-static void test_past(void)
+// A forest is exact: loss, log-probabilities and all gradients are those of one example at a time, whatever a batch
+// shares: nothing, everything up to the answer, a part of the answer, whole examples twice; of three trees, mixed.
+static void test_forest(void)
 {
-    static const uint32_t part[] = { 0, 1, 71, 130 };
-    Run *run = rig_make(ODD, LONG, COUNT_OF(LONG));
-    Batch *batch = &run->batch;
-    float whole[53], *logits = run->model.acts.logits;
-    const uint32_t *token = (const uint32_t *)run->data.token + run->data.offset[2];
-    batch_clear(batch, 0);
-    for (uint32_t t = 0, row; t < 130; t++) if (row = batch_row(batch, token[t], t), t == 129) batch_answer(batch, row, t, 0);
-    batch_end(batch, 0);
-    memcpy(whole, rig_logits(run), sizeof whole);
-    for (int i = 0; i < 3; i++) {
-        batch_clear(batch, 1);
-        for (uint32_t s = 0; s < 2; s++) {                                      // the other sequence comes first
-            for (uint32_t t = part[i]; t < part[i + 1]; t++) {
-                uint32_t row = batch_row(batch, s ? token[t] : t % ODD.V, t);
-                batch->copy[batch->copies++] = (Copy){ row, 131 * s + t };
-                if (t == 129) batch_answer(batch, row, t, 0);
+    static const Shape shape[] = { { 70, 66 }, { 9, 4 }, { 75, 66 }, { 68, 66 }, { 9, 4 }, { 30, 20 }, { 9, 6 } };
+    static const struct { const char *what; uint32_t like[7], same[7]; } cases[] = {
+        { "nothing", { 0, 1, 2, 3, 4, 5, 6 }, { 0 } },
+        { "all but the answers", { 0, 1, 0, 0, 1, 1, 1 }, { 0, 0, 66, 66, 4, 4, 4 } },
+        { "parts of answers", { 0, 1, 0, 0, 1, 2, 1 }, { 0, 0, 69, 67, 8, 10, 5 } },
+        { "whole examples", { 0, 1, 0, 0, 1, 2, 1 }, { 0, 0, 70, 68, 9, 30, 9 } } };
+    for (size_t c = 0; c < COUNT_OF(cases); c++)
+        for (int kind = 0; kind < 3; kind++) {                                  // everything trained, dense, recomputed
+            Run *run = kind == 0 ? rig_full(ODD, shape, COUNT_OF(shape)) : rig_make(ODD, shape, COUNT_OF(shape));
+            Model *model = &run->model;
+            Data *data = &run->data;
+            uint32_t *token = (uint32_t *)data->token;
+            if (kind) adapter_alloc(model), gates_tensor(model)->value[3] = 0.5f;
+            size_t n = kind == 0 ? base_weights(model) : adapter_entries(model) + matrices(model);
+            for (size_t e = 0; e < COUNT_OF(shape); e++) {
+                token[data->offset[e]] = (uint32_t)e;                           // sharing nothing
+                memcpy(token + data->offset[e], token + data->offset[cases[c].like[e]], cases[c].same[e] * sizeof *token);
             }
-            batch_end(batch, 131 * s);
-        }
-        rig_loss(run);
-    }
-    check_close("logits", logits + ODD.V, whole, ODD.V, 1e-6);
-    check("the other's are others", !(relative_error(logits, whole, ODD.V) < 0.1));
-}
-
-// A tokenizer with a letter, a digit or a point for each token.
-static const char ALPHABET[] = "abcdefghijklmnopqrstuvwxyz-,. 0123456789ABCDEFGHIJKLM";
-
-static void spell(Data *data)
-{
-    char *piece = allocate(ODD.V, 5);
-    data->piece = allocate(ODD.V, sizeof *data->piece);
-    for (size_t t = 0; t < ODD.V; t++) {
-        memcpy(piece + 5 * t, &(uint32_t){ 1 }, 4);
-        piece[5 * t + 4] = ALPHABET[t];
-        data->piece[t] = piece + 5 * t;
-    }
-    data->stop = "";
-    data->longest_piece = 1;
-}
-
-// What example e should say, by whole forward passes without a cache: fills out, returns how many tokens.
-static size_t say_naive(Run *run, size_t e, uint32_t *out)
-{
-    const Data *data = &run->data;
-    uint32_t prompt = data->answer[e];
-    char text[64];
-    for (uint32_t n = 0; ; ) {
-        batch_clear(&run->batch, 0);
-        for (uint32_t t = 0, row; t < prompt + n; t++) {
-            row = batch_row(&run->batch, t < prompt ? data_token(data, data->offset[e] + t) : out[t - prompt], t);
-            if (t + 1 == prompt + n) batch_answer(&run->batch, row, t, 0);
-        }
-        batch_end(&run->batch, 0);
-        rig_loss(run);
-        out[n++] = run->model.acts.best[0];
-        for (size_t i = 0; i < n; i++) text[i] = ALPHABET[out[i]];
-        text[n] = 0;
-        int stopped = n == data->limit || out[n - 1] == data->end[0];
-        for (const char *stop = data->stop; stop < data->stop + data->stop_size; stop += strlen(stop) + 1)
-            stopped |= strstr(text, stop) != NULL;
-        if (stopped) return n;
-    }
-}
-
-// Eleven examples in eight slots, prompts of 1 to 41 tokens in batches of 17 rows. First up to the limit; then with a token that
-// ends one of them and a text, of two tokens, that stops another; then on one thread less.
-static void test_generation(void)
-{
-    static Shape shape[11];
-    uint32_t naive[32], end = ODD.V;
-    char stop[] = "zz\0ab";
-    for (uint32_t e = 0; e < 11; e++) shape[e] = (Shape){ 64, 1 + 4 * e };
-    Run *run = rig_make(ODD, shape, 11);
-    Data *data = &run->data;
-    spell(data);
-    data->number = allocate(11, sizeof(double));
-    data->limit = 20, data->end = &end, data->end_count = 1, data->metric = NUMBER;
-    for (int round = 0; round < 2; round++) {
-        Slot slot[SLOTS] = { 0 };
-        size_t next = 0, done = 0, shorter = 0;
-        char text[64];
-        int compared[11] = { 0 };
-        for (int i = 0; i < SLOTS; i++) slot[i].token = integers(64);
-        while (done < 11) {
-            run->model.acts.N = 17;
-            done += generate(&run->model, run->verdict, &run->batch, data, slot, &next, text, NULL, "");
-            run->model.acts.N = data->tokens;
-            for (Slot *g = slot; g < slot + SLOTS; g++) {
-                if (g->live || !g->n || compared[g->example]++) continue;
-                size_t n = say_naive(run, g->example, naive), prompt = data->answer[g->example];
-                check_number("tokens", (double)(g->n - prompt), (double)n);
-                check_same("what is said", g->token + prompt, naive, n * sizeof *naive);
-                shorter += n < data->limit;
+            if (kind == 2) {
+                model->acts = (Activations){ .recompute = 1 };
+                acts_alloc(model, (Largest){ data->tokens, data->longest, run->batch.answer.n, data->tokens, 1 }, 1);
+            }
+            float alone = (float)rig_gradient(run, 1), *gradient = copy_of(model->grad_arena, n * sizeof(float));
+            float together = (float)rig_gradient(run, MOST_EXAMPLES);
+            check_close(cases[c].what, &together, &alone, 1, 1e-6);
+            check_close("gradients", model->grad_arena, gradient, n, 3e-6);
+            check_number("rows", (double)run->batch.all.n, (double)rows_naive(data));
+            for (size_t e = 0; e < COUNT_OF(shape); e++) {
+                judge(model, run->verdict, &run->batch, data, 0);
+                check_most("log-probability", fabs(run->verdict[e].logp / judge_naive(run, e).logp - 1), 1e-6);
             }
         }
-        check("some end early", round == 0 ? shorter == 0 : shorter >= 2 && shorter < 11);
-        end = (say_naive(run, 3, naive), naive[5]);
-        say_naive(run, 9, naive);
-        for (int i = 0; i < 2; i++) stop[3 + i] = ALPHABET[naive[7 + i]];
-        data->stop = stop, data->stop_size = sizeof stop;
-    }
-}
-
-static void test_text(void)
-{
-    static const struct { const char *said; const char *text; double number; } cases[] = {
-        { "a 1 b-2,345.5.", "a 1 b-2,345.5.", -2345.5 }, { "it is 18. STOP 19", "it is 18. ", 18 }, { "none, -.", "none, -.", NAN },
-        { "", "", NAN }, { "ENDSTOP 7", "", NAN }, { "7 STO", "7 STO", 7 }, { "x=0", "x0", 0 } };
-    static const char stops[] = "STOP\0END";
-    Data data = { 0 };
-    static char letters[256][5];
-    const char *piece[256];
-    for (int t = 0; t < 256; t++) {
-        memcpy(letters[t], &(uint32_t){ t != '=' }, 4);                         // a token may say nothing
-        letters[t][4] = (char)t;
-        piece[t] = letters[t];
-    }
-    data.piece = piece, data.stop = stops, data.stop_size = sizeof stops;
-    for (size_t i = 0; i < COUNT_OF(cases); i++) {
-        uint32_t token[32];
-        char text[32];
-        size_t n = strlen(cases[i].said);
-        for (size_t t = 0; t < n; t++) token[t] = (unsigned char)cases[i].said[t];
-        int stopped = write_text(text, &data, token, n);
-        check("stopped", stopped == (strstr(cases[i].said, "STOP") != NULL));
-        record(!strcmp(text, cases[i].text), "`%s`: `%s`", cases[i].said, text);
-        double number = last_number(text);
-        record(number == cases[i].number || (isnan(number) && isnan(cases[i].number)), "`%s`: %g", cases[i].said, number);
-    }
-}
-
-// An evaluation by generation from its file to its details, and what is wrong with such files.
-static void test_generation_file(void)
-{
-    static const uint32_t vocab[] = { 5, 4 }, length[] = { 4, 3 }, answer[] = { 2, 1 }, token[] = { 0, 1, 4, 3, 2, 3, 3 }, end = 5;
-    static const char pieces[] = "\1\0\0\0001" "\0\0\0\0" "\1\0\0\0\"" "\2\0\0\0a\n" "\1\0\0\0007";
-    static const double number[] = { 7, -7 };
-    static const struct { const char *what; uint32_t limit; size_t stop, pieces; const char *word; } cases[] = {
-        { "right", 3, 3, sizeof pieces - 1, NULL }, { "nothing to generate", 0, 3, sizeof pieces - 1, "generates" },
-        { "a stop without end", 3, 2, sizeof pieces - 1, "stop" }, { "half a piece", 3, 3, sizeof pieces - 2, "pieces" },
-        { "a piece missing", 3, 3, sizeof pieces - 6, "pieces" } };
-    char *path = in_folder("generation"), *base = in_folder("base.bin"), *details = in_folder("details");
-    sample.run = rig_make(TINY, FEW, 1);
-    sample_write("base", base);
-    for (size_t i = 0; i < COUNT_OF(cases); i++) {
-        file_write(path, "data", (Section[]){ { "vocab", vocab, 8 }, { "length", length, 8 }, { "answer", answer, 8 },
-            { "tokens", token, sizeof token }, { "column", "sums", 4 }, { "metric", "number", 6 },
-            { "limit", &cases[i].limit, 4 }, { "end", &end, 4 }, { "stop", "~~", cases[i].stop },
-            { "pieces", pieces, cases[i].pieces }, { "number", number, 16 } }, 11);
-        const char *argv[] = { "", "--base", base, "--method", "eval", "--eval", path, "--details", details, NULL };
-        if (cases[i].word) { check_dies(cases[i].what, whole_run, argv, cases[i].word); continue; }
-        check("it runs", child(whole_run, argv) == 0);
-        check_dies("details that are there", whole_run, argv, "--overwrite");
-        char line[512];
-        FILE *f = fopen(details, "r");
-        for (int e = 0; e < 2; e++)
-            record(f && fgets(line, sizeof line, f) && strstr(line, "\"round\": \"base\", \"column\": \"sums\"")
-                   && strstr(line, "\"tokens\": [") && strstr(line, "\"text\": \"") && strchr(line, '}'),
-                   "line %d of the details: %s", e, line);
-        if (f) fclose(f);
-    }
 }
 
 static void parse(const void *argument)
@@ -1830,16 +1857,14 @@ static void test_options(void)
         { { "", "--lr", "-1" }, "0 to 10" }, { { "", "--keep", "1.5" }, "0 to 1" },
         { { "", "--rounds", "2.5" }, "whole" }, { { "", "--batch", "0" }, "1 to" },
         { { "", "--method", "lora" }, "rigsa|full|eval" },
-        { { "", "--rest", "zer" }, "zero|init" }, { { "", "--seed", "1", "--seed", "2" }, "twice" },
+        { { "", "--survivors", "zer" }, "rewind|keep|redraw" }, { { "", "--seed", "1", "--seed", "2" }, "twice" },
         { { "", "--sigma", "0" }, "sign" }, { { "", "--lr", "0.5", "--weight-decay", "2" }, "erase" },
-        { { "", "--ticket", "t.bin" }, "--method eval" },
-        { { "", "--rest", "init", "--survivors", "redraw" }, "redraw" } };
+        { { "", "--ticket", "t.bin" }, "--method eval" } };
     static const struct { const char *argv[6], *line; } right[] = {
         { { "" }, "\nseed             1\n" }, { { "", "--lr", "0.02" }, "\nlr               0.02\n" },
         { { "", "--method", "full" }, "\nlr               0.001\n" },
         { { "", "--method", "full", "--lr", "1" }, "\nlr               1\n" },
         { { "", "--eval", "a", "--eval", "b" }, "\neval             a b\n" },
-        { { "", "--rest", "init" }, "\nrest             init\n" },
         { { "", "--batch", "8", "--micro", "12" }, "\nmicro            8\n" }, { { "", "--help" }, "--weight-decay" } };
     for (size_t i = 0; i < COUNT_OF(wrong); i++) check_dies("refused", parse, wrong[i].argv, wrong[i].word);
     for (size_t i = 0; i < COUNT_OF(right); i++) {
@@ -1848,7 +1873,7 @@ static void test_options(void)
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
 // A story
 
 static const char *stories;                 // a base file with the section `pieces`: per token its length and its text
@@ -1868,13 +1893,13 @@ static void test_story(void)
     const char *pieces = section(&file, "pieces", 1, &n);
     if (!pieces) die("%s: has no section `pieces`, it is not of dev/export_stories.py", stories);
     base_load(&model, stories);
-    acts_alloc(&model, (Largest){ MOST, MOST, 1, 0, 0 }, 0);
+    acts_alloc(&model, (Largest){ MOST, MOST, 1, MOST, 1 }, 0);
     for (uint32_t N = 1; N < MOST && length < strlen(known); N++) {
         uint32_t *last = &position[N - 1], target = 0;
         *last = N - 1;
-        const Batch batch = { .S = 1, .all = { N, NULL, (uint32_t[]){ 0, N }, position },
+        const Batch batch = { .S = 1, .K = N, .all = { N, NULL, (uint32_t[]){ 0, N }, position },
                               .answer = { 1, last, (uint32_t[]){ 0, 1 }, last }, .token = token, .target = &target,
-                              .key_start = (uint32_t[]){ 0 } };
+                              .key_start = (uint32_t[]){ 0 }, .key_place = NULL };
         model_forward(&model, &batch);
         head_forward_backward(&model, &batch, 0, 0);
         token[N] = model.acts.best[0];
@@ -1885,28 +1910,392 @@ static void test_story(void)
     record(!strncmp(text, known, strlen(known)), "said: %s", text);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------
+// The number of threads
+
+// Steps of a machine that works at rate[n] on n threads, in a clock of its own, up to `end`. Returns the
+// share of its time that was lost, beside always using the fastest number.
+static double use_threads(Threads *t, const double rate[9], double *now, double end)
+{
+    double begin = *now, fastest = 0, done = 0, step = 0.01;
+    for (int n = 1; n <= t->most; n++) fastest = fmax(fastest, rate[n]);
+    for (int n = t->used; *now < end; n = next_threads(t, *now, step)) *now += step / rate[n], done += step;
+    return 1 - done / (fastest * (*now - begin));
+}
+
+static void test_thread_number(void)
+{
+    static const double
+        alone[9] = { 0, 1, 1.9, 2.7, 3.5, 4.2, 5, 5.6, 6.2 }, even[9] = { 0, 1, 1, 1, 1, 1, 1, 1, 1 },
+        busy[9] = { 0, 1, .4, .3, .2, .1, .05, .05, .05 },
+        quota[9] = { 0, 1, 2, 3, 2.9, 2.8, 2.5, 2.2, 2 };
+    for (int most = 2; most <= 8; most++) {
+        Threads t = { .most = most, .used = most };
+        double now = 0;
+        check_most("alone: lost to trials", use_threads(&t, alone, &now, 60), 0.0125);
+        check_number("alone: threads", t.used, most);
+        use_threads(&t, busy, &now, 120);
+        check_number("busy: threads", t.used, 1);
+        check_most("busy: lost to trials", use_threads(&t, busy, &now, 300), 0.0125);
+        use_threads(&t, alone, &now, 400);
+        check_number("alone again: threads", t.used, most);
+    }
+    Threads t = { .most = 8, .used = 8 }, still = { .most = 8, .used = 8 };
+    double now = 0;
+    use_threads(&t, quota, &now, 60);
+    check_number("a quota of three cores: threads", t.used, 4);
+    now = 0;
+    use_threads(&still, even, &now, 60);
+    check_number("no difference: threads", still.used, 8);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
 // Logits
+
+// W of a ticket whose pruned entries rest at their initial values (dev/baselines.c), entry by entry.
+static const float *resting_weight_naive(Model *model, Tensor *t)
+{
+    size_t a = (size_t)t->adapter, k = 0;
+    const Tensor *delta = delta_tensor(model, a);
+    const float alpha = gates_tensor(model)->value[a];
+    for (size_t i = 0; i < t->n; i++) {
+        int stays = !delta->index || (k < delta->n && delta->index[k] == i);
+        float value = stays ? delta->value[k++] : normal(delta_key(model, a), i, model->init.sigma);
+        model->scratch[i] = t->value[i] + alpha * value;
+    }
+    return model->scratch;
+}
+
+static const Adapter RESTING_NAIVE = { resting_weight_naive, NULL };
 
 // Writes the logits (M, V) of all answer rows, in fp32. `path`: base, data, the file to write, and a ticket or NULL.
 static void write_logits(char **path)
 {
     Run *run = allocate(1, sizeof(Run));
     base_load(&run->model, path[0]);
+    resting = &RESTING_NAIVE;
     if (path[3]) ticket_load(&run->model, path[3]);
     run->data = data_open(path[1]);
-    run->batch = batch_alloc(run->data.tokens, run->data.tokens, 0);
+    run->batch = batch_alloc(run->data.tokens, run->data.tokens, run->data.tokens);
     rig_batch(run, 0, run->data.examples);
     size_t M = run->batch.answer.n, V = run->model.config.V;
     if (run->data.V != V || M > HEAD_ROWS) die("%s: vocabulary %u, %zu answer tokens; at most %zu and %d here",
                                                path[1], run->data.V, M, V, HEAD_ROWS);
-    acts_alloc(&run->model, (Largest){ run->data.tokens, run->data.longest, M, 0, 0 }, 0);
+    acts_alloc(&run->model, (Largest){ run->data.tokens, run->data.longest, M, run->data.tokens, 1 }, 0);
     FILE *f = fopen(path[2], "wb");
     if (!f || fwrite(rig_logits(run), sizeof(float), M * V, f) != M * V || fclose(f))
         die("%s: cannot be written: %s", path[2], strerror(errno));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
+// dev/evaluate.c: a past, generation, details; and the metric `loss`
+
+// By hand, and by the definition of a mean's error: a sample of loss_e - r n_e, over the mean of n_e.
+static void test_loss(void)
+{
+    enum { MOST = 50 };
+    uint32_t length[MOST], answer[MOST];
+    Verdict verdict[MOST] = { { .logp = -3 }, { .logp = -5 } };
+    Data data = { .metric = LOSS, .examples = 2, .questions = 2, .length = length, .answer = answer };
+    length[0] = 5, answer[0] = 4, length[1] = 9, answer[1] = 6;
+    Score score = score_verdicts(verdict, &data);
+    check_number("nats per token", score.value, 2);                             // (3 + 5) / (1 + 3)
+    check_number("standard error", score.error, sqrt(2 * (1 + 1)) / 4);         // 3 - 2, 5 - 6
+    for (size_t m = 1; m <= MOST; m += 7) {
+        double loss = 0, tokens = 0, squares = 0;
+        data.examples = data.questions = m;
+        for (size_t e = 0; e < m; e++) {
+            answer[e] = (uint32_t)(mix(e) % 5) + 1;
+            length[e] = answer[e] + (uint32_t)(mix(e + 100) % 9) + 1;
+            verdict[e].logp = -(double)(length[e] - answer[e]) * (2 + 0.2 * normal(1, e, 1));
+            loss -= verdict[e].logp / (double)m;
+            tokens += (double)(length[e] - answer[e]) / (double)m;
+        }
+        for (size_t e = 0; e < m; e++)
+            squares += pow(-verdict[e].logp - loss / tokens * (double)(length[e] - answer[e]), 2);
+        double deviation = m > 1 ? sqrt(squares / (double)(m - 1)) : 0;
+        score = score_verdicts(verdict, &data);
+        check_most("nats per token", fabs(score.value / (loss / tokens) - 1), 1e-14);
+        check_most("standard error", fabs(score.error - deviation / sqrt((double)m) / tokens), 1e-14);
+    }
+}
+
+// n tokens by themselves: what should follow?
+static void lay_alone(Batch *batch, const uint32_t *token, uint32_t n)
+{
+    batch->S = 1;
+    batch->K = n;
+    batch->all.n = batch->answer.n = 0;
+    batch->all.start[0] = batch->answer.start[0] = batch->key_start[0] = 0;
+    for (uint32_t t = 0; t < n; t++) batch_row(batch, token[t], t);
+    batch_answer(batch, n - 1, n - 1, 0);
+    batch->all.start[1] = n;
+    batch->answer.start[1] = 1;
+}
+
+// Activations as evaluations by generation have them: a cache for each layer.
+static void rig_caches(Run *run)
+{
+    size_t tokens = run->data.tokens;
+    run->model.acts = (Activations){ 0 };
+    acts_alloc(&run->model, (Largest){ tokens, run->data.longest, tokens, tokens, run->model.config.L }, 0);
+}
+
+// A sequence in three parts, beside another one: what the last part says is what the whole says.
+static void test_past(void)
+{
+    static const uint32_t part[] = { 0, 1, 71, 130 };
+    Run *run = rig_make(ODD, LONG, COUNT_OF(LONG));
+    Batch *batch = &run->batch;
+    float whole[53];
+    const uint32_t *token = (const uint32_t *)run->data.token + run->data.offset[2];
+    rig_caches(run);
+    float *logits = run->model.acts.logits;
+    lay_alone(batch, token, 130);
+    rig_loss(run);
+    memcpy(whole, logits, sizeof whole);
+    batch->key_place = integers(run->data.tokens);
+    for (int i = 0; i < 3; i++) {
+        batch->S = 2;
+        batch->all.n = batch->answer.n = batch->K = 0;
+        for (uint32_t s = 0; s < 2; s++) {                                  // the other sequence comes first
+            batch->all.start[s] = (uint32_t)batch->all.n;
+            batch->answer.start[s] = (uint32_t)batch->answer.n;
+            batch->key_start[s] = 131 * s;
+            for (uint32_t t = part[i]; t < part[i + 1]; t++) {
+                uint32_t row = batch_row(batch, s ? token[t] : t % ODD.V, t);
+                batch->key_row[batch->K] = row;
+                batch->key_place[batch->K++] = 131 * s + t;
+                if (t == 129) batch_answer(batch, row, t, 0);
+            }
+        }
+        batch->all.start[2] = (uint32_t)batch->all.n;
+        batch->answer.start[2] = (uint32_t)batch->answer.n;
+        rig_loss(run);
+    }
+    check_close("logits", logits + ODD.V, whole, ODD.V, 1e-6);
+    check("the other's are others", !(relative_error(logits, whole, ODD.V) < 0.1));
+}
+
+// A tokenizer with a letter, a digit or a point for each token.
+static const char SPELLING[] = "abcdefghijklmnopqrstuvwxyz-,. 0123456789ABCDEFGHIJKLM";
+
+static void spell(Generation *g)
+{
+    char *piece = allocate(ODD.V, 5);
+    g->piece = allocate(ODD.V, sizeof *g->piece);
+    for (size_t t = 0; t < ODD.V; t++) {
+        memcpy(piece + 5 * t, &(uint32_t){ 1 }, 4);
+        piece[5 * t + 4] = SPELLING[t];
+        g->piece[t] = piece + 5 * t;
+    }
+    g->stop = "";
+    g->longest_piece = 1;
+}
+
+// What example e should say, by whole forward passes without a cache: fills out, returns how many tokens.
+static size_t say_naive(Run *run, const Generation *g, size_t e, uint32_t *out)
+{
+    uint32_t prompt = run->data.answer[e], token[64];
+    char text[64];
+    for (uint32_t t = 0; t < prompt; t++) token[t] = data_token(&run->data, e, t);
+    for (uint32_t n = 0; ; ) {
+        lay_alone(&run->batch, token, prompt + n);
+        rig_loss(run);
+        token[prompt + n] = out[n] = run->model.acts.best[0];
+        text[n] = SPELLING[out[n]];
+        text[++n] = 0;
+        int stopped = n == g->limit || out[n - 1] == g->end[0];
+        for (const char *stop = g->stop; stop < g->stop + g->stop_size; stop += strlen(stop) + 1)
+            stopped |= strstr(text, stop) != NULL;
+        if (stopped) return n;
+    }
+}
+
+// Eleven examples in eight slots, prompts of 1 to 41 tokens in batches of 17 rows. First up to the limit; then
+// with a token that ends one of them and a text, of two tokens, that stops another.
+static void test_generation(void)
+{
+    static Shape shape[11];
+    uint32_t naive[32], end = ODD.V;
+    char stop[] = "zz\0ab";
+    for (uint32_t e = 0; e < 11; e++) shape[e] = (Shape){ 64, 1 + 4 * e };
+    Run *run = rig_make(ODD, shape, 11);
+    Data *data = &run->data;
+    Generation g = { .data = data, .limit = 20, .end = &end, .end_count = 1 };
+    g.number = allocate(11, sizeof(double));
+    Batch batch = run->batch;
+    const Details nowhere = { 0 };
+    spell(&g);
+    data->longest = 61;                                     // 41 + 20: no stretch of the cache has room to spare
+    rig_caches(run);
+    batch.key_place = integers(data->tokens);
+    for (int round = 0; round < 2; round++) {
+        Slot slot[SLOTS] = { 0 };
+        size_t next = 0, done = 0, shorter = 0;
+        char text[64];
+        int compared[11] = { 0 };
+        for (int i = 0; i < SLOTS; i++) slot[i].token = integers(64);
+        while (done < 11) {
+            run->model.acts.N = 17;
+            done += generate(run, &batch, slot, &next, &g, text, &nowhere);
+            run->model.acts.N = data->tokens;
+            for (Slot *own = slot; own < slot + SLOTS; own++) {
+                if (own->live || !own->n || compared[own->example]++) continue;
+                size_t n = say_naive(run, &g, own->example, naive), prompt = data->answer[own->example];
+                check_number("tokens", (double)(own->n - prompt), (double)n);
+                check_same("what is said", own->token + prompt, naive, n * sizeof *naive);
+                shorter += n < g.limit;
+            }
+        }
+        check("some end early", round == 0 ? shorter == 0 : shorter >= 2 && shorter < 11);
+        end = (say_naive(run, &g, 3, naive), naive[5]);
+        say_naive(run, &g, 9, naive);
+        for (int i = 0; i < 2; i++) stop[3 + i] = SPELLING[naive[7 + i]];
+        g.stop = stop, g.stop_size = sizeof stop;
+    }
+}
+
+static void test_text(void)
+{
+    static const struct { const char *said; const char *text; double number; } cases[] = {
+        { "a 1 b-2,345.5.", "a 1 b-2,345.5.", -2345.5 }, { "it is 18. STOP 19", "it is 18. ", 18 },
+        { "none, -.", "none, -.", NAN }, { "", "", NAN }, { "ENDSTOP 7", "", NAN }, { "7 STO", "7 STO", 7 },
+        { "x=0", "x0", 0 } };
+    static const char stops[] = "STOP\0END";
+    static char letters[256][5];
+    const char *piece[256];
+    Generation g = { .piece = piece, .stop = stops, .stop_size = sizeof stops };
+    for (int t = 0; t < 256; t++) {
+        memcpy(letters[t], &(uint32_t){ t != '=' }, 4);                         // a token may say nothing
+        letters[t][4] = (char)t;
+        piece[t] = letters[t];
+    }
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        uint32_t token[32];
+        char text[32];
+        size_t n = strlen(cases[i].said);
+        for (size_t t = 0; t < n; t++) token[t] = (unsigned char)cases[i].said[t];
+        int stopped = write_text(text, &g, token, n);
+        check("stopped", stopped == (strstr(cases[i].said, "STOP") != NULL));
+        record(!strcmp(text, cases[i].text), "`%s`: `%s`", cases[i].said, text);
+        double number = last_number(text);
+        int same = number == cases[i].number || (isnan(number) && isnan(cases[i].number));
+        record(same, "`%s`: %g", cases[i].said, number);
+    }
+}
+
+static void evaluation(const void *argument)
+{
+    static Run run;
+    char **argv = (char **)argument;
+    int argc = 0;
+    while (argv[argc]) argc++;
+    evaluate_whole(&run, argc, argv);
+}
+
+// From the file to the details, and what is wrong with such files. The trainer itself refuses them.
+static void test_generation_file(void)
+{
+    static const uint32_t vocab[] = { 5, 4 }, length[] = { 4, 3 }, answer[] = { 2, 1 }, end = 5;
+    static const uint32_t token[] = { 0, 1, 4, 3, 2, 3, 3 };
+    static const char pieces[] = "\1\0\0\0001" "\0\0\0\0" "\1\0\0\0\"" "\2\0\0\0a\n" "\1\0\0\0007";
+    static const double number[] = { 7, -7 };
+    static const struct { const char *what; uint32_t limit; size_t stop, pieces; const char *word; }
+        cases[] = {
+        { "right", 8, 3, sizeof pieces - 1, NULL },
+        { "nothing to generate", 0, 3, sizeof pieces - 1, "generates" },
+        { "a stop without end", 3, 2, sizeof pieces - 1, "stop" },
+        { "half a piece", 3, 3, sizeof pieces - 2, "pieces" },
+        { "a piece missing", 3, 3, sizeof pieces - 6, "pieces" } };
+    char *path = in_folder("generation"), *base = in_folder("base.bin"), *details = in_folder("details");
+    static const Config two_layers = {
+        .C = 6, .F = 7, .L = 2, .H = 2, .KV = 1, .D = 4, .V = 5, .tied = 1, .theta = 1e4f, .eps = 1e-5f };
+    Run *run = sample.run = rig_make(two_layers, LONG, 1);
+    sample_write("base", base);
+    for (size_t i = 0; i < COUNT_OF(cases); i++) {
+        file_write(path, "data", (Section[]){
+            { "vocab", vocab, 8 }, { "length", length, 8 }, { "answer", answer, 8 },
+            { "tokens", token, sizeof token }, { "column", "sums", 4 }, { "metric", "number", 6 },
+            { "limit", &cases[i].limit, 4 }, { "end", &end, 4 }, { "stop", "~~", cases[i].stop },
+            { "pieces", pieces, cases[i].pieces }, { "number", number, 16 } }, 11);
+        const char *argv[] = { "", "--base", base, "--eval", path, "--details", details, NULL };
+        if (cases[i].word) { check_dies(cases[i].what, evaluation, argv, cases[i].word); continue; }
+        int status = child(evaluation, argv);
+        record(status == 0 && strstr(said, "\nbase "), "exit status %d, said: %s", status, said);
+        check_dies("details that are there", evaluation, argv, "--overwrite");
+        const char *trainer[] = { "", "--base", base, "--eval", path, "--method", "eval", NULL };
+        check_dies("generation in the trainer", whole_run, trainer, "evaluate_rigsa");
+        char line[512], expected[128];
+        FILE *f = fopen(details, "r");
+        for (uint32_t e = 0; e < 2; e++) {
+            uint32_t said_so_far[16], n = answer[e];
+            size_t at = (size_t)sprintf(expected, "\"tokens\": [");
+            memcpy(said_so_far, token + (e ? length[0] : 0), n * sizeof *token);
+            for (; n < answer[e] + cases[i].limit; n++) {
+                lay_alone(&run->batch, said_so_far, n);
+                rig_loss(run);
+                said_so_far[n] = run->model.acts.best[0];
+                at += (size_t)sprintf(expected + at, n > answer[e] ? ", %u" : "%u", said_so_far[n]);
+            }
+            strcat(expected, "], \"text\": \"");
+            record(f && fgets(line, sizeof line, f) && strstr(line, "\"round\": \"base\"")
+                   && strstr(line, "\"column\": \"sums\"") && strstr(line, expected) && strchr(line, '}'), "line %u: %s, not %s", e, line, expected);
+        }
+        if (f) fclose(f);
+    }
+}
+
+// A base with a ticket, whose W takes W0's place: what details say of an example is what the adapter says.
+static void test_details(void)
+{
+    char *base = in_folder("base.bin"), *ticket = in_folder("ticket.bin"), *data = in_folder("data.bin");
+    char *details = in_folder("details_ticket"), line[512];
+    Run *run = rig_adapter(ODD, 0.3);
+    Data *d = &run->data;
+    base_save(&run->model, base);
+    ticket_save(&run->model, ticket, "");
+    file_write(data, "data", (Section[]){
+        { "vocab", (uint32_t[]){ ODD.V, 4 }, 8 }, { "length", d->length, 4 * d->examples },
+        { "answer", d->answer, 4 * d->examples }, { "tokens", d->token, 4 * d->tokens },
+        { "column", "rig", 3 }, { "metric", "loss", 4 } }, 6);
+    const char *argv[] = {
+        "", "--base", base, "--ticket", ticket, "--eval", data, "--details", details, NULL };
+    int status = child(evaluation, argv);
+    record(status == 0 && strstr(said, "\nticket "), "exit status %d, said: %s", status, said);
+    char bytes[4096];
+    FILE *f = fopen(data, "r");
+    size_t length = f ? fread(bytes, 1, sizeof bytes, f) : 0;
+    if (f) fclose(f);
+    f = fopen(details, "r");
+    double loss = 0, logp;
+    for (size_t e = 0; e < d->examples; e++) {
+        Verdict naive = judge_naive(run, e);
+        char start[256];
+        snprintf(start, sizeof start, "{\"round\": \"ticket\", \"column\": \"rig\", \"file\": \"%016llx\", "
+                 "\"example\": %zu, \"exact\": %d, \"logp\": ", (unsigned long long)hash64(bytes, length), e, naive.exact);
+        int same = f && fgets(line, sizeof line, f) && !strncmp(line, start, strlen(start))
+            && sscanf(line + strlen(start), "%lf}", &logp) == 1;
+        record(same, "line %zu of the details: %s", e, line);
+        check_most("log-probability", same ? fabs(logp / naive.logp - 1) : NAN, 1e-6);
+        loss -= naive.logp;
+    }
+    check("no other line", f && !fgets(line, sizeof line, f));
+    if (f) fclose(f);
+    const char *row = strstr(said, "\nticket ");
+    check_most("the row's loss", row && sscanf(row, "\nticket - - - %lf", &logp) == 1
+               ? fabs(logp - loss / (double)(1 + 2 + 8 + 3)) : NAN, 1e-4);      // four decimals
+    run->model.init.rest = 1;
+    ticket_save(&run->model, ticket, "");
+    argv[7] = "--overwrite", argv[8] = NULL;
+    check("a ticket of --rest init", child(evaluation, argv) == 1 && strstr(said, "train_baselines"));
+    const char *training[] = { "", "--rounds", "3", NULL };
+    check_dies("an option of training", evaluation, training, "--rounds");
+    status = child(evaluation, (const char *[]){ "", "--help", NULL });
+    check("help", status == 0 && strstr(said, "--details FILE"));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
 
 static const struct { const char *name; void (*run)(void); } topics[] = {
     { "PyTorch: logits, loss, every gradient", test_torch }, { "PyTorch: ten steps of AdamW", test_torch_adamw },
@@ -1924,16 +2313,21 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "empty masks", test_empty_masks }, { "save and load", test_save_and_load }, { "a run's state", test_state },
     { "bf16", test_bf16 },
     { "damaged files", test_damaged_files }, { "wrong numbers in files", test_wrong_numbers },
+    { "files that change", test_changed_files }, { "names", test_names },
     { "the same bits on 1 to 5 threads", test_threads }, { "batches", test_batches },
-    { "examples learnt by heart", test_overfit }, { "whole runs", test_whole_runs }, { "scores", test_scores },
-    { "verdicts", test_judge }, { "shared contexts", test_shared_contexts }, { "a past", test_past },
-    { "generation", test_generation }, { "text", test_text }, { "generation from a file", test_generation_file },
-    { "options", test_options }, { "a story", test_story } };
+    { "examples learnt by heart", test_overfit }, { "whole runs", test_whole_runs },
+    { "overwritten runs", test_overwritten }, { "scores", test_scores },
+    { "verdicts", test_judge }, { "a batch is a forest", test_forest },
+    { "number of threads", test_thread_number },
+    { "options", test_options }, { "a story", test_story },
+    { "the metric loss", test_loss }, { "a past", test_past }, { "generation", test_generation }, { "text", test_text },
+    { "generation from a file", test_generation_file }, { "details", test_details } };
 
 int main(int argc, char **argv)
 {
     static const char *const fixture = "dev/fixture.bin";
     int next = 1;
+    begin_program(argv);
     for (; next < argc && argv[next][0] == '-'; next++) {
         if (!strcmp(argv[next], "--selftest")) selftest = 1;
         else if (!strcmp(argv[next], "--stories") && next + 1 < argc) stories = argv[++next];

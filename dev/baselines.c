@@ -15,20 +15,24 @@
 //     rosa       W0 + mask . DeltaW + s B A               A, B, DeltaW                     the largest dW^2 after 64 updates
 //                                                                                          of A and B alone, per matrix
 //     dense      W0 + DeltaW                              DeltaW, decaying to W0           full
+//     rigsa      with --rest init: W0 + alpha * (mask . DeltaW + (1 - mask) . initial): a pruned entry stays,
+//                frozen, at its random initial value, where the trainer's rests at zero
 //
 // Where each rule comes from, and the proofs that it is what its origin does: doc/baselines.md, dev/test_baselines.py.
 
+#define PROGRAM "train_baselines"
 #define METHODS "rigsa|full|eval|lora|random|ltsft|rosa|dense"
 enum { INIT_ZERO, INIT_GATED };
 enum { BASE_PLAIN, BASE_NF4 };
 static struct {
     char *lora;
-    int init, base_type;
+    int init, base_type, rest;
     double density, rank, lora_alpha, lora_lr, mask_after;
 } more;                                     // options, beside the trainer's
 #define MORE_OPTIONS \
     { "density", REAL, &more.density, "0 to 1", "0.0346", "share of the entries in the mask (random, ltsft, rosa)" }, \
     { "init", CHOICE, &more.init, "zero|gated", "zero", "random: DeltaW from zero, or random behind RIGSA's gate" }, \
+    { "rest", CHOICE, &more.rest, "zero|init", "zero", "rigsa: where pruned entries stay: at zero, or where they began" }, \
     { "rank", COUNT, &more.rank, "0 to 65536", "0", "of B A (lora, rosa); 0: as many values as --density has, nearly" }, \
     { "lora-alpha", REAL, &more.lora_alpha, "0 to 1e6", "0", "B A counts lora-alpha / rank times; 0: once" }, \
     { "lora-lr", REAL, &more.lora_lr, "0 to 10", "0", "learning rate of A and B; 0: --lr" }, \
@@ -160,7 +164,7 @@ static void quantize_base(Model *model)
         weights += t->n;
         nf4[t->adapter] = nf4_quantize(plain_weight(model, t), t->n);
         t->value = NULL;
-        t->half = NULL;
+        t->bf16 = NULL;
     }
     float *rest = floats(n);
     for (Tensor *t = first; t < end; t++) {
@@ -169,9 +173,9 @@ static void quantize_base(Model *model)
         at += t->n;
     }
     free(model->base_arena);
-    free(model->half_arena);
+    free(model->bf16_arena);
     model->base_arena = rest;
-    model->half_arena = NULL;
+    model->bf16_arena = NULL;
     printf("nf4      matrices in %.1f MB, %.3f bits per weight\n", 1e-6 * (double)bytes, 8 * (double)bytes / (double)weights);
 }
 
@@ -201,7 +205,7 @@ static const float *lora_add(Model *model, Tensor *t)
 {
     const Tensor *A = lora_tensor(model, (size_t)t->adapter), *B = A + 1;
     scale_values(thin, B->value, lora_scale(), B->n);
-    matmul(model->scratch, t->cols, thin, 1, t->rows, A->value, t->cols, 1, t->rows, t->cols, A->rows, 1);
+    matmul(model->scratch, t->cols, turned(thin, t->rows), view(A->value, t->cols), t->rows, t->cols, A->rows, 1);
     return model->scratch;
 }
 
@@ -221,11 +225,11 @@ static void lora_gradient(Model *model, Tensor *t, const float *x, const float *
     Tensor *A = lora_tensor(model, (size_t)t->adapter), *B = A + 1;
     size_t r = A->rows, I = t->cols, O = t->rows;
     float *ax = thin, *bdy = thin + r * N;
-    matmul(ax, N, A->value, I, 1, x, 1, I, r, N, I, 0);                 // A x^T  (r, N)
-    matmul(bdy, N, B->value, O, 1, dy, 1, O, r, N, O, 0);               // B^T dy^T  (r, N)
+    matmul(ax, N, view(A->value, I), turned(x, I), r, N, I, 0);         // A x^T  (r, N)
+    matmul(bdy, N, view(B->value, O), turned(dy, O), r, N, O, 0);       // B^T dy^T  (r, N)
     scale_values(thin, thin, lora_scale(), 2 * r * N);
-    matmul(B->grad, O, ax, N, 1, dy, O, 1, r, O, N, 1);
-    matmul(A->grad, I, bdy, N, 1, x, I, 1, r, I, N, 1);
+    matmul(B->grad, O, view(ax, N), view(dy, O), r, O, N, 1);
+    matmul(A->grad, I, view(bdy, N), view(x, I), r, I, N, 1);
 }
 
 static const Adapter LORA = { lora_weight, lora_gradient };
@@ -242,20 +246,75 @@ static const Adapter NF4 = { nf4_weight, plain_gradient };
 static void sparse_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
 {
     Tensor *delta = delta_tensor(model, (size_t)t->adapter);
+    size_t O = t->rows, I = t->cols;
     if (!delta->index) {
-        matmul(delta->grad, t->cols, dy, 1, t->rows, x, t->cols, 1, t->rows, t->cols, N, 1);
+        matmul(delta->grad, I, turned(dy, O), view(x, I), O, I, N, 1);
         return;
     }
-    sampled_product(model->scratch, delta, x, dy, model->acts.transposed, N);
+    sampled_product(model->scratch, delta->index, delta->n, dy, x, model->acts.x_t, O, I, N);
     #pragma omp parallel for simd
     for (size_t k = 0; k < delta->n; k++) delta->grad[k] += model->scratch[k];
 }
 
 static const Adapter SPARSE = { rigsa_weight, sparse_gradient };
 
+// RIGSA whose pruned entries rest at their initial values, which the generator gives back:
+//
+//     W = W0 + alpha * (mask . DeltaW + (1 - mask) . initial)
+static const float *resting_weight(Model *model, Tensor *t)
+{
+    const size_t a = (size_t)t->adapter;
+    const Tensor *delta = delta_tensor(model, a);
+    const float alpha = gates_tensor(model)->value[a], sigma = model->init.sigma;
+    const uint64_t key = delta_key(model, a);
+    float *w = model->scratch;
+    if (!delta->index) return rigsa_weight(model, t);
+    #pragma omp parallel for
+    for (size_t i = 0; i < t->n; i++) w[i] = frozen(t, i) + alpha * normal(key, i, sigma);
+    #pragma omp parallel for
+    for (size_t k = 0; k < delta->n; k++) {
+        size_t i = delta->index[k];
+        w[i] = frozen(t, i) + alpha * delta->value[k];
+    }
+    return w;
+}
+
+// dDeltaW += alpha * mask . dW as ever. alpha scales the frozen entries, too, so its gradient needs all of dW:
+//
+//     dalpha += sum(dW . (mask . DeltaW + (1 - mask) . initial)) = sum(dW . mask . (DeltaW - initial)) + sum(dW . initial)
+static void resting_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
+{
+    const size_t a = (size_t)t->adapter, O = t->rows, I = t->cols;
+    Tensor *delta = delta_tensor(model, a), *gates = gates_tensor(model);
+    const float alpha = gates->value[a], sigma = model->init.sigma;
+    const uint64_t key = delta_key(model, a);
+    float *dw = model->scratch;
+    double part[PARTS];
+    if (!delta->index) {
+        rigsa_gradient(model, t, x, dy, N);
+        return;
+    }
+    matmul(dw, I, turned(dy, O), view(x, I), O, I, N, 0);
+    #pragma omp parallel for
+    for (size_t p = 0; p < PARTS; p++) {
+        double sum = 0;
+        for (size_t k = delta->n * p / PARTS; k < delta->n * (p + 1) / PARTS; k++) {
+            float dw_k = dw[delta->index[k]];
+            delta->grad[k] += alpha * dw_k;
+            sum += (double)dw_k * ((double)delta->value[k] - initial(delta, key, k, sigma));
+        }
+        for (size_t i = O * I * p / PARTS; i < O * I * (p + 1) / PARTS; i++)
+            sum += (double)dw[i] * normal(key, i, sigma);
+        part[p] = sum;
+    }
+    gates->grad[a] += (float)sum_of_parts(part);
+}
+
+static const Adapter RESTING = { resting_weight, resting_gradient };
+
 static const float *rosa_weight(Model *model, Tensor *t)
 {
-    rigsa_weight(model, t);
+    gated_adapter(model).weight(model, t);
     return lora_add(model, t);
 }
 
@@ -274,7 +333,7 @@ static void squares_gradient(Model *model, Tensor *t, const float *x, const floa
 {
     float *dw = model->scratch, *sum = squares;
     for (const Tensor *before = model->tensors; before < t; before++) if (before->adapter >= 0) sum += before->n;
-    matmul(dw, t->cols, dy, 1, t->rows, x, t->cols, 1, t->rows, t->cols, N, 0);
+    matmul(dw, t->cols, turned(dy, t->rows), view(x, t->cols), t->rows, t->cols, N, 0);
     #pragma omp parallel for simd
     for (size_t i = 0; i < t->n; i++) sum[i] += dw[i] * dw[i];
 }
@@ -325,11 +384,8 @@ static void mask_largest(Model *model, const float *score, double density, Thres
     for (size_t a = 0; a < matrices(model); a++) {
         size_t size = matrix_size(model, a), n = 0;
         if (over == THRESHOLD_MATRIX) cut = cut_magnitudes(score, size, size, (double)share(density, size) / (double)size);
-        for (size_t i = 0; i < size; i++) {
-            if (!(score[i] > cut.threshold || (score[i] == cut.threshold && cut.ties > 0))) continue;
-            if (score[i] == cut.threshold) cut.ties--;
-            model->index_arena[at + n++] = (uint32_t)i;
-        }
+        for (size_t i = 0; i < size; i++)
+            if (survives(&cut, score[i])) model->index_arena[at + n++] = (uint32_t)i;
         at = set_index(model, a, at, n);
         score += size;
     }
@@ -355,7 +411,8 @@ static void lora_save(Model *model, const char *path, const char *settings)
 static LoraShape lora_shape(const char *path)
 {
     File file = file_open(path, "lora");
-    LoraShape shape = *(const LoraShape *)needed(&file, "shape", 1, sizeof shape);
+    LoraShape shape;
+    needed_at(&shape, &file, "shape", 1, sizeof shape);
     if (shape.rank < 1 || shape.rank > 65536 || !(shape.alpha > 0)) die("%s: rank %u, alpha %g", path, shape.rank, shape.alpha);
     file_close(&file);
     return shape;
@@ -367,7 +424,7 @@ static void lora_load(Model *model, const char *path)
     const Tensor *first = lora_tensor(model, 0);
     size_t n = values_in(first, model->tensors + model->all_tensors);
     check_base(model, &file);
-    memcpy(first->value, needed(&file, "values", n, sizeof(float)), n * sizeof(float));
+    numbers_at(first->value, &file, "values", n);
     file_close(&file);
 }
 
@@ -386,18 +443,23 @@ static void prepare_baseline(Run *run)
     Tensor *end = model->tensors + model->base_tensors;
     model->init.seed = (uint64_t)opt.seed;
     model->init.sigma = (float)opt.sigma;
+    model->init.rest = (uint32_t)more.rest;
     if (more.base_type == BASE_NF4 && ((opt.method != METHOD_LORA && opt.method != METHOD_EVAL) || *opt.ticket))
         die("--base-type nf4 goes with --method lora or eval, and without --ticket");
     if (more.init == INIT_GATED && opt.method != METHOD_RANDOM) die("--init gated goes with --method random");
     if (*more.lora && opt.method != METHOD_LORA && opt.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
+    if (more.rest && opt.method != METHOD_RIGSA) die("--rest init goes with --method rigsa; a ticket knows it by itself");
+    if (more.rest && opt.survivors == SURVIVORS_REDRAW)
+        die("--rest init and --survivors redraw: a frozen entry would change its value at every redraw");
     if (opt.method <= METHOD_FULL) return;
     if (opt.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_PLAIN) return;
     if (!given[option_find("weight-decay")] && opt.method != METHOD_DENSE && more.init != INIT_GATED) opt.weight_decay = 0;
     for (Tensor *t = model->tensors; t < end; t++) if (t->adapter >= 0) both += t->rows + t->cols;
-    if (*more.lora) more.rank = lora_shape(more.lora).rank, more.lora_alpha = lora_shape(more.lora).alpha;
+    if (*more.lora && !opt.resume) {            // a run that goes on has its own values
+        LoraShape shape = lora_shape(more.lora);
+        more.rank = shape.rank, more.lora_alpha = shape.alpha;
+    }
     if (more.rank == 0) more.rank = fmax(1, floor(more.density * (double)all / (double)both + 0.5));
-    if (opt.resume) die("--resume goes on with the methods of train_rigsa");
-    opt.save_every = 0;
     run->passes = opt.method == METHOD_LTSFT ? 2 : 1;
 
     size_t kept = is_sparse() || *opt.ticket ? model->all_tensors : model->base_tensors;
@@ -416,26 +478,25 @@ static void prepare_baseline(Run *run)
         for (size_t a = 0; a < matrices(model); a++) delta_tensor(model, a)->n = share(more.density, matrix_size(model, a));
 }
 
+// Gates of a mask that starts from zero stay at 1.
+static int frozen_gates(void) { return is_sparse() && more.init != INIT_GATED; }
+
 // Everything that is trained, at its start: DeltaW zero, behind gates that stay at 1 (or, gated, RIGSA's); B zero and
 // A ~ U(-1, 1) / sqrt(I), which is PEFT's kaiming_uniform_(a = sqrt(5)).
 static void start_trained(Model *model)
 {
     Tensor *first = model->tensors + model->base_tensors, *end = model->tensors + model->all_tensors;
-    size_t at = 0;
-    if (*opt.ticket) first = lora_tensor(model, 0);         // eval: DeltaW and the gates are the ticket's
-    else free(model->value_arena);
-    model->value_arena = floats(values_in(first, end));
-    for (Tensor *t = first; t < end; at += t++->n) {
-        t->value = model->value_arena + at;
+    if (*opt.ticket) first = lora_tensor(model, 0), model->value_arena = NULL;   // the rest: the ticket's
+    values_alloc(model, first);
+    for (Tensor *t = first; t < end; t++) {
         t->lr = (float)opt.lr;
         t->decay = (float)opt.weight_decay;
     }
-    trained_arenas(model, first, end);
     if (more.init == INIT_GATED) {
         rewind_adapter(model);
         gates_tensor(model)->lr = (float)opt.alpha_lr;
         gates_tensor(model)->decay = 0;
-    } else if (is_sparse()) {
+    } else if (frozen_gates()) {
         for (size_t a = 0; a < matrices(model); a++) gates_tensor(model)->value[a] = 1;
         gates_tensor(model)->grad = NULL;
     }
@@ -448,43 +509,34 @@ static void start_trained(Model *model)
             A->value[i] = bound * ((float)(mix(key + i * GOLDEN) >> 40) * 0x1p-23f + 0x1p-24f - 1);
         A[0].lr = A[1].lr = (float)(more.lora_lr > 0 ? more.lora_lr : opt.lr);
     }
-    if (*more.lora) lora_load(model, more.lora);
+    if (*more.lora && !opt.resume) lora_load(model, more.lora);
 }
 
 // After the base has been read.
-static void start_baseline(Model *model)
+static void start_baseline(Run *run)
 {
+    Model *model = &run->model;
     const Config *c = &model->config;
     size_t widest = max_size(max_size(c->C, c->F), (size_t)c->H * c->D);
     if (more.base_type == BASE_NF4) quantize_base(model);
+    if (opt.method == METHOD_ROSA && !model->index_arena) mask_random(model, 0);       // until rosa_mask
     if (is_low_rank()) thin = floats((size_t)more.rank * max_size(2 * model->acts.N, widest));
+    int both = opt.method == METHOD_ROSA || *opt.ticket, gated = more.init == INIT_GATED;
+    model->adapter = both ? ROSA : is_low_rank() ? LORA : !is_sparse() ? NF4 : gated ? RIGSA : SPARSE;
     start_trained(model);
 }
 
-static size_t trained_values(const Model *model)
+// All that is trained; a row's density is its share of the base's matrices.
+static size_t count_baseline(Model *model)
 {
     size_t n = 0;
     for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) if (t->grad) n += t->n;
     return n;
 }
 
-// One pass, and its row in the table; there, density is the share of trained values.
-static void train_row(Run *run, size_t pass)
+// LT-SFT (Ansell et al. 2022): of a pass that trained everything, the entries that moved furthest.
+static void ltsft_mask(Model *model)
 {
-    Model *model = &run->model;
-    double density = (double)trained_values(model) / (double)adapted_weights(model);
-    char path[PATH_MAX];
-    train_pass(run, pass, density);
-    print_row(run, add_row(run, density));
-    must_write(output_path("table.csv", path), table_save(run));
-    must_write(output_path("loss.csv", path), losses_save(run));
-}
-
-// LT-SFT (Ansell et al. 2022): train everything, keep the entries that moved furthest, and start them again.
-static void ltsft_mask(Run *run)
-{
-    Model *model = &run->model;
-    train_row(run, 1);
     for (size_t a = 0; a < matrices(model); a++) {
         Tensor *delta = delta_tensor(model, a);                             // gradients are done with: scores take their place
         for (size_t i = 0; i < delta->n; i++) delta->grad[i] = fabsf(delta->value[i]);
@@ -500,36 +552,42 @@ static void rosa_mask(Run *run)
     if ((steps + 1) * batch > count) die("--mask-after %zu: the last pass has fewer updates", steps);
     visit_order(run->order, &run->data, count, model->init.seed, 1);
     model->adapter = LORA;
-    for (size_t t = 1; t <= steps; t++) {
-        loss_and_gradient(run, run->order + (t - 1) * batch, batch);
-        model_update(model, t, schedule(t, (count + batch - 1) / batch, opt.warmup, opt.cooldown));
+    while (run->warm < steps) {
+        size_t done = (size_t)run->warm;
+        update(run, "mask", done + 1, (count + batch - 1) / batch, run->order + done * batch, batch);
+        run->warm++;
+        save_if_due(run);
+        progress(run, "mask", (double)run->warm / (double)steps, -1, 0);
     }
     squares = floats(adapted_weights(model));
     model->adapter = SQUARES;
     loss_and_gradient(run, run->order + steps * batch, batch);
     mask_largest(model, squares, more.density, THRESHOLD_MATRIX);
     free(squares);
+    model->adapter = ROSA;
+    run->warm++;
 }
 
-static void run_baseline(Run *run)
+// Before a pass, from its start or from its middle. Once there is a mask, what it keeps is trained afresh.
+static void start_pass(Run *run, size_t pass)
 {
     Model *model = &run->model;
-    char path[PATH_MAX];
-    if (opt.method <= METHOD_FULL || run->passes == 0) return;              // the trainer's own
-    start_baseline(model);
-    model->adapter = *opt.ticket ? ROSA : is_low_rank() ? LORA : NF4;
-    if (opt.method == METHOD_EVAL) {
-        print_row(run, add_row(run, NAN));
-        return;
-    }
-    if (is_sparse()) model->adapter = more.init == INIT_GATED ? RIGSA : SPARSE;
-    if (opt.method == METHOD_LTSFT) ltsft_mask(run);
-    if (opt.method == METHOD_ROSA) rosa_mask(run);
-    if (opt.method == METHOD_LTSFT || opt.method == METHOD_ROSA) start_trained(model);
-    if (opt.method == METHOD_ROSA) model->adapter = ROSA;
-    train_row(run, run->passes);
-    if (is_sparse()) ticket_save(model, output_path("ticket.bin", path), run->settings);
-    if (is_low_rank()) lora_save(model, output_path("lora.bin", path), run->settings);
+    int ltsft = opt.method == METHOD_LTSFT && pass == 2 && !model->index_arena;
+    int rosa = opt.method == METHOD_ROSA && run->warm <= (uint64_t)more.mask_after;
+    if (ltsft) ltsft_mask(model);
+    if (rosa) rosa_mask(run);
+    if (ltsft || rosa) start_trained(model);
+    if (frozen_gates()) gates_tensor(model)->grad = NULL;
 }
 
-static void (*prepare_more)(Run *run) = prepare_baseline, (*run_more)(Run *run) = run_baseline;
+static void finish_baseline(Run *run)
+{
+    char path[PATH_MAX];
+    if (is_sparse()) ticket_save(&run->model, output_path("ticket.bin", path), run->settings);
+    if (is_low_rank()) lora_save(&run->model, output_path("lora.bin", path), run->settings);
+}
+
+static void (*prepare_more)(Run *run) = prepare_baseline, (*start_more)(Run *run) = start_baseline;
+static void (*pass_more)(Run *run, size_t pass) = start_pass, (*finish_more)(Run *run) = finish_baseline;
+static size_t (*count_more)(Model *model) = count_baseline;
+static const Adapter *resting = &RESTING;

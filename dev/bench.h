@@ -129,7 +129,7 @@ typedef struct { double flops[2], read, copy, update; } Limits;     // operation
 enum { CHAINS = 12, LINKS = 20000 };
 static volatile float factor = 0.999f, addend = 0.001f, sink;
 
-static inline __attribute__((always_inline)) void multiply_loop(Precision of)
+static inline __attribute__((always_inline)) void multiply_loop(MultiplyAdd *madd)
 {
     #pragma omp parallel
     {
@@ -137,16 +137,18 @@ static inline __attribute__((always_inline)) void multiply_loop(Precision of)
         for (int i = 0; i < CHAINS; i++) sum[i] = y * (float)i;
         for (int n = 0; n < LINKS; n++)
             #pragma GCC unroll 12
-            for (int i = 0; i < CHAINS; i++) sum[i] = multiply_add(sum[i], x, y, of);
+            for (int i = 0; i < CHAINS; i++) sum[i] = madd(sum[i], x, y);
         for (int i = 1; i < CHAINS; i++) sum[0] += sum[i];
         sink = sum[0][0];
     }
 }
 
-static void fp32_loop(const void *job) { (void)job, multiply_loop(FP32); }
-__attribute__((unused)) static void bf16_loop(const void *job) { (void)job, multiply_loop(BF16); }
+static void fp32_loop(const void *job) { (void)job, multiply_loop(multiply_add); }
+#ifdef PAIRS_OF_BF16
+static void bf16_loop(const void *job) { (void)job, multiply_loop(multiply_pairs); }
+#endif
 
-#ifdef AMX
+#ifdef AMX_OF_BF16
 enum { AMX_LANES = 96, AMX_CALLS = 1000 };      // operands that stay in L1
 static void amx_loop(const void *job)
 {
@@ -155,7 +157,7 @@ static void amx_loop(const void *job)
     {
         float *a = floats(AMX_ROWS * AMX_LANES), *b = floats(NR * AMX_LANES), *c = floats(AMX_ROWS * NR);
         amx_begin();
-        for (int n = 0; n < AMX_CALLS; n++) amx_tile(c, NR, a, b, AMX_LANES, AMX_ROWS, NR, 0);
+        for (int n = 0; n < AMX_CALLS; n++) tile_amx(c, NR, view(a, 0), b, AMX_LANES, AMX_ROWS, NR, 0);
         free(a), free(b), free(c);
     }
 }
@@ -199,14 +201,15 @@ static double least_seconds(void (*run)(const void *), const void *job)
 
 static Limits measure_limits(int threads)
 {
-    Limits limits = { .flops = { 0, NAN } };
+    Limits limits;
     omp_set_num_threads(threads);
     double operations = 2.0 * LANES * CHAINS * LINKS * threads, bytes = 4.0 * STREAM;
     limits.flops[0] = operations / least_seconds(fp32_loop, NULL);
-#ifdef __AVX512BF16__
+    limits.flops[1] = limits.flops[0];                  // rounded operands, multiplied in fp32
+#ifdef PAIRS_OF_BF16
     limits.flops[1] = 2 * operations / least_seconds(bf16_loop, NULL);
 #endif
-#ifdef AMX
+#ifdef AMX_OF_BF16
     if (amx_begin()) limits.flops[1] = 4.0 * AMX_ROWS * NR * AMX_LANES * AMX_CALLS * threads / least_seconds(amx_loop, NULL);
 #endif
     float *x = floats(2 * (size_t)STREAM);
@@ -214,8 +217,8 @@ static Limits measure_limits(int threads)
     limits.copy = 2 * bytes / least_seconds(copy_loop, x);
     limits.update = 2 * bytes / least_seconds(update_loop, x);
     free(x);
-    printf("%d thread%s at best: fp32 %.1f GFLOP/s", threads, threads > 1 ? "s" : "", 1e-9 * limits.flops[0]);
-    if (limits.flops[1] > 0) printf(", bf16 %.1f", 1e-9 * limits.flops[1]);
+    printf("%d thread%s at best: fp32 %.1f GFLOP/s, bf16 %.1f", threads, threads > 1 ? "s" : "", 1e-9 * limits.flops[0],
+           1e-9 * limits.flops[1]);
     printf("; memory: read %.1f GB/s, copy %.1f, update in place %.1f\n", 1e-9 * limits.read, 1e-9 * limits.copy,
            1e-9 * limits.update);
     return limits;

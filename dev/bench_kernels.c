@@ -6,7 +6,7 @@
 //     dev/bench_kernels [gemm] [sampled] [attention] [rest]      only these, on 1 and on OMP_NUM_THREADS threads
 //     BLAS=libopenblas.so.0 dev/bench_kernels gemm      also OpenBLAS, from this library (found by itself if installed)
 //
-// A limit is the best that was seen; a kernel's time is the median over at least 0.2 s, by turns where two are compared. Operands
+// A limit is the best that was seen; a kernel's time is the median over at least 0.2 s, alternately where two are compared. Operands
 // are warm: what fits into the caches is in the caches.
 
 #include "bench.h"
@@ -51,23 +51,23 @@ static void find_blas(void)
 
 typedef struct {
     float *c;
-    const float *a, *b;
-    size_t ldc, a_row, a_col, b_row, b_col, M, N, K;
+    View a, b;
+    size_t ldc, M, N, K;
 } Product;
 
 static void run_matmul(const void *job)
 {
     const Product *p = job;
-    matmul(p->c, p->ldc, p->a, p->a_row, p->a_col, p->b, p->b_row, p->b_col, p->M, p->N, p->K, 0);
+    matmul(p->c, p->ldc, p->a, p->b, p->M, p->N, p->K, 0);
 }
 
 static void run_blas(const void *job)
 {
     const Product *p = job;
     enum { ROW_MAJOR = 101, AS_IS = 111, TRANSPOSED = 112 };
-    blas_sgemm(ROW_MAJOR, p->a_col == 1 ? AS_IS : TRANSPOSED, p->b_col == 1 ? AS_IS : TRANSPOSED, (int)p->M, (int)p->N, (int)p->K,
-               1, p->a, (int)(p->a_col == 1 ? p->a_row : p->a_col), p->b, (int)(p->b_col == 1 ? p->b_row : p->b_col),
-               0, p->c, (int)p->ldc);
+    blas_sgemm(ROW_MAJOR, p->a.col == 1 ? AS_IS : TRANSPOSED, p->b.col == 1 ? AS_IS : TRANSPOSED,
+               (int)p->M, (int)p->N, (int)p->K, 1, p->a.at, (int)(p->a.col == 1 ? p->a.row : p->a.col),
+               p->b.at, (int)(p->b.col == 1 ? p->b.row : p->b.col), 0, p->c, (int)p->ldc);
 }
 
 // Prints GFLOP/s, the share of the peak and how many times OpenBLAS's speed, for three products that took these seconds.
@@ -100,9 +100,9 @@ static void gemm_model(const char *model, const Config *c, size_t N, Precision o
         if (!same) continue;
         float *x = random_floats(N * I), *w = random_floats(O * I), *dy = random_floats(N * O);
         float *y = floats(N * O), *dx = floats(N * I), *dw = floats(O * I);
-        const Product product[3] = { { y, x, w, O, I, 1, 1, I, N, O, I },
-                                     { dx, dy, w, I, O, 1, I, 1, N, I, O },
-                                     { dw, dy, x, I, 1, O, I, 1, O, I, N } };
+        const Product product[3] = { { y, view(x, I), turned(w, I), O, N, O, I },
+                                     { dx, view(dy, O), view(w, I), I, N, I, O },
+                                     { dw, turned(dy, O), view(x, I), I, O, I, N } };
         double one[2][3], operations = 2.0 * (double)(N * O * I);
         for (int p = 0; p < 3; p++) {
             Timing t[2] = { { .run = run_matmul, .job = &product[p] }, { .run = run_blas, .job = &product[p] } };
@@ -132,12 +132,12 @@ static void bench_gemm(void)
 // ---------------------------------------------------------------------------------------------------------------------
 // The gradient of a sparse adapter: only the surviving entries of dy^T x
 
-typedef struct { float *dw, *transposed; const float *x, *dy; Tensor delta; size_t N; } Sampled;
+typedef struct { float *dw, *x_t; const float *x, *dy; const uint32_t *index; size_t n, O, I, N; } Sampled;
 
 static void run_sampled(const void *job)
 {
     const Sampled *s = job;
-    sampled_product(s->dw, &s->delta, s->x, s->dy, s->transposed, s->N);
+    sampled_product(s->dw, s->index, s->n, s->dy, s->x, s->x_t, s->O, s->I, s->N);
 }
 
 static void bench_sampled(void)
@@ -153,21 +153,21 @@ static void bench_sampled(void)
         for (size_t m = 1; m < COUNT_OF(MODELS); m++) {
             size_t O = MODELS[m].config.F, I = MODELS[m].config.C, N = MODELS[m].rows, size = O * I;
             float *x = random_floats(N * I), *dy = random_floats(N * O), *dw = floats(size);
-            float *transposed = floats((size_t)omp_get_max_threads() * transposed_floats(I));
+            float *x_t = floats((size_t)omp_get_max_threads() * x_t_floats(I));
             uint32_t *index = integers(size);
-            Product product = { dw, dy, x, I, 1, O, I, 1, O, I, N };
+            Product product = { dw, turned(dy, O), view(x, I), I, O, I, N };
             for (size_t d = 0; d < COUNT_OF(DENSITY); d++) {
-                Sampled s = { dw, transposed, x, dy, { .rows = O, .cols = I, .index = index }, N };
+                Sampled s = { dw, x_t, x, dy, index, 0, O, I, N };
                 for (size_t i = 0; i < size; i++)
-                    if ((double)(mix(i) >> 11) * 0x1p-53 < DENSITY[d]) index[s.delta.n++] = (uint32_t)i;
+                    if ((double)(mix(i) >> 11) * 0x1p-53 < DENSITY[d]) index[s.n++] = (uint32_t)i;
                 Timing t[2] = { { .run = run_matmul, .job = &product }, { .run = run_sampled, .job = &s } };
                 measure(t, 2);
                 if (d == 0) printf("  %s %4zu x %4zu %12.1f", MODELS[m].name, O, I, 2e-9 * (double)(size * N) / t[0].median);
-                printf(" %6.1f x%5.2f", 2e-9 * (double)(s.delta.n * N) / t[1].median, t[0].median / t[1].median);
+                printf(" %6.1f x%5.2f", 2e-9 * (double)(s.n * N) / t[1].median, t[0].median / t[1].median);
                 fflush(stdout);
             }
             printf("\n");
-            free(x), free(dy), free(dw), free(transposed), free(index);
+            free(x), free(dy), free(dw), free(x_t), free(index);
         }
     }
     precision = FP32;
@@ -177,25 +177,31 @@ static void bench_sampled(void)
 // Attention
 
 typedef struct {
-    float *out, *lse, *dq, *dk, *dv, *scores;
+    float *out, *lse, *dq, *dk, *dv, *blocks;
     const float *q, *k, *v, *dout;
     Rows rows;
     size_t T;
-} Attention;
+} OneSequence;
 
 static const Config *const SHAPE = &MODELS[1].config;           // 135M's heads
 
+static Attention shape_of(const OneSequence *a)
+{
+    return (Attention){ &a->rows, a->rows.start, a->blocks, 1, SHAPE->H, SHAPE->KV, SHAPE->D, a->T };
+}
+
 static void run_attention_forward(const void *job)
 {
-    const Attention *a = job;
-    attention_forward(a->out, a->lse, a->q, a->k, a->v, a->scores, &a->rows, a->rows.start, 1, SHAPE->H, SHAPE->KV, SHAPE->D, a->T);
+    const OneSequence *a = job;
+    const Attention attention = shape_of(a);
+    attention_forward(a->out, a->lse, a->q, a->k, a->v, &attention);
 }
 
 static void run_attention_backward(const void *job)
 {
-    const Attention *a = job;
-    attention_backward(a->dq, a->dk, a->dv, a->dout, a->out, a->lse, a->q, a->k, a->v, a->scores, &a->rows, a->rows.start,
-                       1, SHAPE->H, SHAPE->KV, SHAPE->D, a->T);
+    const OneSequence *a = job;
+    const Attention attention = shape_of(a);
+    attention_backward(a->dq, a->dk, a->dv, a->dout, a->out, a->lse, a->q, a->k, a->v, &attention);
 }
 
 static void bench_attention(void)
@@ -205,7 +211,7 @@ static void bench_attention(void)
     printf("\nAttention of 135M, one sequence: GFLOP/s and share of the peak, on the operations that the causal mask leaves\n"
            "     T          forward         backward\n");
     for (size_t T = 128; T <= 8192; T = T == 512 ? 832 : T == 832 ? 1024 : 2 * T) {
-        Attention a = { floats(T * H * D), floats(T * H), floats(T * H * D), floats(T * KV * D), floats(T * KV * D),
+        OneSequence a = { floats(T * H * D), floats(T * H), floats(T * H * D), floats(T * KV * D), floats(T * KV * D),
                         floats((size_t)omp_get_max_threads() * block_floats(H / KV, T, D)), random_floats(T * H * D),
                         random_floats(T * KV * D), random_floats(T * KV * D), random_floats(T * H * D),
                         { T, NULL, integers(2), integers(T) }, T };
@@ -218,7 +224,7 @@ static void bench_attention(void)
         printf("%6zu", T);
         for (int i = 0; i < 2; i++) printf("   %7.1f %3.0f %%", 1e-9 * done[i], 100 * done[i] / limits.flops[FP32]);
         printf("\n");
-        float *all[] = { a.out, a.lse, a.dq, a.dk, a.dv, a.scores, (float *)a.q, (float *)a.k, (float *)a.v, (float *)a.dout };
+        float *all[] = { a.out, a.lse, a.dq, a.dk, a.dv, a.blocks, (float *)a.q, (float *)a.k, (float *)a.v, (float *)a.dout };
         for (size_t i = 0; i < COUNT_OF(all); i++) free(all[i]);
         free(a.rows.start), free(a.rows.position);
     }
@@ -238,13 +244,13 @@ static struct {
 static void run_adamw(const void *job)
 {
     (void)job;
-    adamw(on_rows.a, on_rows.b, on_rows.c, on_rows.d, ADAM_N, 1e-3f, 1, 1, 10);
+    adamw(on_rows.a, on_rows.c, on_rows.d, on_rows.b, 1e-3f, 1, 1, 10, ADAM_N);
 }
 
 static void run_rmsnorm_forward(const void *job)
 {
     (void)job;
-    rmsnorm_forward(on_rows.a, on_rows.rstd, on_rows.b, on_rows.c, on_rows.N, on_rows.C, 1e-5f);
+    rmsnorm_forward(on_rows.a, on_rows.rstd, on_rows.b, on_rows.c, 1e-5f, on_rows.N, on_rows.C);
 }
 
 static void run_rmsnorm_backward(const void *job)
@@ -256,7 +262,7 @@ static void run_rmsnorm_backward(const void *job)
 static void run_rope(const void *job)
 {
     (void)job;
-    rope(on_rows.a, on_rows.cosine, on_rows.sine, on_rows.position, on_rows.N, on_rows.H, on_rows.D, 1);
+    rope(on_rows.a, on_rows.cosine, on_rows.sine, on_rows.position, 1, on_rows.N, on_rows.H, on_rows.D);
 }
 
 static void run_swiglu_forward(const void *job)
@@ -321,8 +327,8 @@ int main(int argc, char **argv)
 {
     static const struct { const char *name; void (*run)(void); } sections[] = {
         { "gemm", bench_gemm }, { "sampled", bench_sampled }, { "attention", bench_attention }, { "rest", bench_rest } };
+    begin_program(argv);
     int threads = omp_get_max_threads();
-    setvbuf(stdout, NULL, _IOLBF, 0);
     for (int i = 1; i < argc; i++) {
         size_t s = 0;
         while (s < COUNT_OF(sections) && strcmp(sections[s].name, argv[i])) s++;

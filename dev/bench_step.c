@@ -18,7 +18,7 @@ enum part {
 };
 static void enter(enum part part);
 static void leave(double work);
-static double seen_keys(const void *rows);
+static double seen_keys(const void *attention);
 
 // A macro cannot tell the definition matmul(float *c, ...) from the call matmul(y, ...), but their first word can: with TYPE_
 // before it the name of a type is a comma, which pushes DEFINITION to the third place. Calls go between enter and leave.
@@ -32,16 +32,15 @@ static double seen_keys(const void *rows);
 #define TIMED(part, work, name, ...) SELECT(FIRST_WORD(__VA_ARGS__), DEFINITION, CALL, )(part, work, name, __VA_ARGS__)
 
 // Work: the operations of products, the bytes that everything else moves.
-#define PRODUCT_WORK(c, ldc, a, a_row, a_col, b, b_row, b_col, M, N, K, add) 2.0 * (double)((M) * (N) * (K))
-#define SAMPLED_WORK(dw, delta, x, dy, transposed, N) 2.0 * (double)((delta)->n * (N))
+#define PRODUCT_WORK(c, ldc, a, b, M, N, K, add) 2.0 * (double)((M) * (N) * (K))
+#define SAMPLED_WORK(dw, index, n, dy, x, x_t, O, I, N) 2.0 * (double)((n) * (N))
 #define FORWARD_WORK(model, y, t, x, N, add) 2.0 * (double)((t)->n * (N))
 #define BACKWARD_WORK(model, dx, t, x, dy, N, add) 2.0 * (double)((t)->n * (N))
-#define ATTENTION_WORK(out, lse, q, k, v, scores, query, key_start, S, H, KV, D, T) 4.0 * (double)((H) * (D)) * seen_keys(query)
-#define ATTENTION_BACKWARD_WORK(dq, dk, dv, dout, out, lse, q, k, v, scores, query, key_start, S, H, KV, D, T) \
-    10.0 * (double)((H) * (D)) * seen_keys(query)
-#define NORM_WORK(out, rstd, x, w, N, C, eps) 8.0 * (double)((N) * (C))
+#define ATTENTION_WORK(out, lse, q, k, v, a) 4.0 * seen_keys(a)
+#define ATTENTION_BACKWARD_WORK(dq, dk, dv, dout, out, lse, q, k, v, a) 10.0 * seen_keys(a)
+#define NORM_WORK(out, rstd, x, w, eps, N, C) 8.0 * (double)((N) * (C))
 #define NORM_BACKWARD_WORK(dx, dw, dy, x, w, rstd, N, C) 16.0 * (double)((N) * (C))
-#define ROPE_WORK(x, cosine, sine, position, N, heads, D, direction) 8.0 * (double)((N) * (heads) * (D))
+#define ROPE_WORK(x, cosine, sine, position, direction, N, heads, D) 8.0 * (double)((N) * (heads) * (D))
 #define SWIGLU_WORK(h, gate, up, n) 12.0 * (double)(n)
 #define SWIGLU_BACKWARD_WORK(dgate, dup, dh, gate, up, n) 20.0 * (double)(n)
 
@@ -66,12 +65,12 @@ static double part_seconds[STEP_PARTS], part_work[STEP_PARTS], since;
 static enum part stack[8] = { IN_REST };
 static int depth;
 
-static double seen_keys(const void *rows)            // by all queries together
+static double seen_keys(const void *attention)       // by all queries together, times H D
 {
-    const Rows *of = rows;
+    const Attention *a = attention;
     double keys = 0;
-    for (size_t r = 0; r < of->n; r++) keys += of->position[r] + 1;
-    return keys;
+    for (size_t r = 0; r < a->query->n; r++) keys += a->query->position[r] + 1;
+    return keys * (double)(a->H * a->D);
 }
 
 static void charge(void)                // the time since the last change belongs to the part that runs
@@ -102,7 +101,7 @@ static const float *timed_weight(Model *model, Tensor *t)
     const Tensor *delta = delta_tensor(model, (size_t)t->adapter);
     enter(IN_WEIGHT);
     const float *w = RIGSA.weight(model, t);
-    size_t frozen_bytes = (t->half ? 2 : 4) * t->n;
+    size_t frozen_bytes = (t->bf16 ? 2 : 4) * t->n;
     leave((double)(frozen_bytes + (delta->index ? 4 * t->n + 16 * delta->n : 8 * t->n)));
     return w;
 }
@@ -169,7 +168,9 @@ static double peak_memory(void)         // bytes: the most that was resident so 
 {
     char line[256];
     double kilobytes = NAN;
+    struct rusage used;
     FILE *f = fopen("/proc/self/status", "r");
+    if (!f && !getrusage(RUSAGE_SELF, &used)) return (double)used.ru_maxrss;      // a Mac: bytes
     while (f && fgets(line, sizeof line, f)) sscanf(line, "VmHWM: %lf", &kilobytes);
     if (f) fclose(f);
     return 1024 * kilobytes;
@@ -199,8 +200,8 @@ static void print_profile(double step, size_t steps, const Limits *limits)
 
 int main(int argc, char **argv)
 {
+    begin_program(argv);
     read_options(argc, argv);
-    setvbuf(stdout, NULL, _IOLBF, 0);
     check_topics((const char *[]){ "the whole loss, along random directions" }, 1);
     size_t S = (size_t)want.sequences, steps = (size_t)want.steps, t = 1;
     uint32_t T = (uint32_t)want.tokens;

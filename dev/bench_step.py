@@ -1,5 +1,5 @@
 """
-A training step of this program and of PyTorch with transformers, side by side: both stay in memory and step by turns.
+A training step of this program and of PyTorch with transformers, side by side: both stay in memory and step alternately.
 
     make dev/bench_step
     python dev/bench_step.py                                    # SmolLM2-135M, 2 x 832 tokens, every row of the table
@@ -13,6 +13,7 @@ divided by this program's, and the most memory that was resident in each process
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -141,6 +142,8 @@ def torch_process(job):
 
 def peak_memory():
     """Bytes: the most that was resident in this process so far."""
+    if not os.path.exists("/proc/self/status"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss          # a Mac, which counts bytes
     with open("/proc/self/status", encoding="ascii") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
@@ -163,7 +166,7 @@ def compare(name, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A training step of this program and of PyTorch, by turns.")
+    parser = argparse.ArgumentParser(description="A training step of this program and of PyTorch, alternately.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="of the table (default: all)")
     parser.add_argument("--model", default="135M", help="nano, 135M, 360M or 1.7B (default 135M)")
     parser.add_argument("--tokens", type=int, default=832, help="of a sequence (default 832)")

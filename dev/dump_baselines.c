@@ -4,16 +4,18 @@
 //
 //     ./dump_baselines --method M --base FILE --data FILE --eval FILE --out FOLDER
 //
-// writes FOLDER/dump.bin: `entries` and `index`, the mask as in a ticket; `values`, every row of the table after the base's, end to
-// end; `gradients`, of the mean loss over all examples, likewise (but none of gates that are frozen); `loss`; and with --base-type
-// nf4 of all matrices, end to end: `code`, `scale`, `scale_scale`, `mean`, and `expanded`, the weights that they stand for.
+// writes FOLDER/dump.bin: `entries` and `index`, the mask as in a ticket; `values`, every row of the table after the
+// base's, end to end; `gradients`, of the mean loss over all examples, likewise (but none of gates that are frozen);
+// `loss`. With --method rigsa all of it after its passes, at the mask that they left, and `initial`, what every entry
+// of every DeltaW began as. With --base-type nf4 of all matrices, end to end: `code`, `scale`, `scale_scale`, `mean`,
+// and `expanded`, the weights that they stand for.
 
 #define TESTING
 #include "baselines.c"
 
-enum { ENTRIES, INDEX, VALUES, GRADIENTS, LOSS, CODE, SCALE, SCALE_SCALE, MEAN, EXPANDED, SECTIONS };
+enum { ENTRIES, INDEX, VALUES, GRADIENTS, MEAN_LOSS, INITIAL, CODE, SCALE, SCALE_SCALE, MEAN, EXPANDED, SECTIONS };
 static const char *const TAG[SECTIONS] =
-    { "entries", "index", "values", "gradients", "loss", "code", "scale", "scale_scale", "mean", "expanded" };
+    { "entries", "index", "values", "gradients", "loss", "initial", "code", "scale", "scale_scale", "mean", "expanded" };
 static char *data[SECTIONS];
 static size_t length[SECTIONS];
 
@@ -30,24 +32,28 @@ static void dump(Run *run)
     Section sections[SECTIONS];
     char path[PATH_MAX];
     if (opt.method == METHOD_ROSA) mask_random(model, more.density);
-    start_baseline(model);
-    model->adapter = opt.method == METHOD_LORA ? LORA : opt.method == METHOD_ROSA ? ROSA : more.init == INIT_GATED ? RIGSA : SPARSE;
+    if (opt.method != METHOD_RIGSA) start_baseline(run);
     for (size_t i = model->base_tensors; i < model->all_tensors; i++) {
         Tensor *t = &model->tensors[i];
         for (size_t k = 0; t->grad && k < t->n; k++) t->value[k] = normal(random_key(7, 7, i, 0), k, 0.3f);
     }
     visit_order(run->order, &run->data, run->data.examples, 1, 1);
     double loss = loss_and_gradient(run, run->order, run->data.examples);
-    append(LOSS, &loss, 1, sizeof loss);
+    append(MEAN_LOSS, &loss, 1, sizeof loss);
     for (size_t i = model->base_tensors; i < model->all_tensors; i++) {
         const Tensor *t = &model->tensors[i];
         append(VALUES, t->value, t->n, sizeof(float));
         if (t->grad) append(GRADIENTS, t->grad, t->n, sizeof(float));
     }
-    for (size_t a = 0; is_sparse() && a < matrices(model); a++) {
-        uint64_t entries = delta_tensor(model, a)->n;
+    for (size_t a = 0; (is_sparse() || opt.method == METHOD_RIGSA) && a < matrices(model); a++) {
+        const Tensor *delta = delta_tensor(model, a);
+        uint64_t entries = delta->n;
         append(ENTRIES, &entries, 1, sizeof entries);
-        if (delta_tensor(model, a)->index) append(INDEX, delta_tensor(model, a)->index, entries, sizeof(uint32_t));
+        if (delta->index) append(INDEX, delta->index, entries, sizeof(uint32_t));
+        for (size_t i = 0; opt.method == METHOD_RIGSA && i < delta->rows * delta->cols; i++) {
+            float value = normal(delta_key(model, a), i, model->init.sigma);
+            append(INITIAL, &value, 1, sizeof value);
+        }
     }
     for (const Tensor *t = model->tensors; nf4 && t < model->tensors + model->base_tensors; t++) {
         if (t->adapter < 0) continue;
@@ -63,12 +69,15 @@ static void dump(Run *run)
     for (int i = 0; i < SECTIONS; i++) sections[i] = (Section){ TAG[i], data[i] ? data[i] : "", length[i] };
     snprintf(path, sizeof path, "%s/dump.bin", opt.out);
     must_write(path, file_write(path, "dump", sections, SECTIONS));
+    exit(0);
 }
 
 int main(int argc, char **argv)
 {
     static Run run;
-    run_more = dump;
-    run_whole(&run, argc, argv);
+    begin_program(argv);
+    start_more = dump;
+    run_whole(&run, argc, argv);            // does not come back from a baseline's start
+    dump(&run);
     return 0;
 }

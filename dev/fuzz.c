@@ -6,10 +6,10 @@
 //     FUZZ_SEEDS=dev/fuzz_corpus ./fuzz                       writes one small valid file per reader
 //     ./fuzz -runs=1000000 folder dev/fuzz_corpus/tick        new finds go to the first folder
 //     ./fuzz -set_cover_merge=1 -use_counters=0 small folder  the few of them that reach as much of the code
+//     cc -O1 -DVERDICTS -Wno-unknown-pragmas dev/fuzz.c -o verdicts -lm      for dev/fuzz_files.py: any compiler, without libFuzzer
 //
 // A file goes to the reader of the kind that its header names. It must be refused by die(), or hold what can be used: whatever
-// then reads out of bounds, overflows or leaves a number out of range ends the program. The reader sees the file in a block of
-// memory of exactly its size, so that the sanitizers notice a read beyond it, which in a mapped page they would not.
+// then reads out of bounds, overflows or leaves a number out of range ends the program.
 
 #define _GNU_SOURCE
 #include <assert.h>
@@ -38,7 +38,7 @@ static size_t input_size;
 static jmp_buf refused;
 static void *block[4096];
 static size_t blocks;
-static FILE *quiet;
+static FILE *quiet;            // what die() says
 
 static void *track(void *p)
 {
@@ -59,15 +59,20 @@ static int our_fstat(int fd, struct stat *info)
     return 0;
 }
 
-static void *our_mmap(size_t length) { return memcpy(track(malloc(length)), input, length); }
+static ssize_t our_pread(void *to, size_t n, off_t at)
+{
+    n = (size_t)at < input_size ? n < input_size - (size_t)at ? n : input_size - (size_t)at : 0;
+    memcpy(to, input + at, n);
+    return (ssize_t)n;
+}
+
 __attribute__((noreturn)) static void our_exit(void) { longjmp(refused, 1); }
 
 #define TESTING
 #define open(...) 3
 #define close(fd) 0
 #define fstat(fd, info) our_fstat(fd, info)
-#define mmap(address, length, ...) our_mmap(length)
-#define munmap(address, length) untrack(address)
+#define pread(fd, to, n, at) our_pread(to, n, at)
 #define aligned_alloc(alignment, size) track(aligned_alloc(alignment, size))
 #define strdup(text) track(strdup(text))
 #define strndup(text, n) track(strndup(text, n))
@@ -75,7 +80,7 @@ __attribute__((noreturn)) static void our_exit(void) { longjmp(refused, 1); }
 #define exit(status) our_exit()
 #undef stderr
 #define stderr quiet
-#include "../train_rigsa.c"
+#include "evaluate.c"
 #undef open
 #undef close
 #undef free
@@ -83,8 +88,8 @@ __attribute__((noreturn)) static void our_exit(void) { longjmp(refused, 1); }
 
 static const Config CONFIG = {
     .C = 4, .F = 6, .L = 1, .H = 2, .KV = 1, .D = 2, .V = 8, .context = 16, .tied = 1, .theta = 1e4f, .eps = 1e-5f };
-#define SAVED "batch            2\n"
-static unsigned long executions, accepted, structured;
+#define SAVED "batch\0" "2\0eval\0/eval"
+static unsigned long executions, accepted;
 
 #define REQUIRE(condition) do { if (!(condition)) __builtin_trap(); } while (0)
 
@@ -102,6 +107,8 @@ static void make_run(Run *run)
     opt = (Options){ .base = (char *)"base", .data = (char *)"data", .evals = { (char *)"eval" }, .out = (char *)"out",
                      .ticket = (char *)"", .method = METHOD_RIGSA, .batch = 2, .examples = 6, .ticket_examples = 6, .sigma = 0.1 };
     run->row = allocate(run->passes + 1, sizeof(Row));
+    run->score = allocate(run->passes + 1, sizeof(Score));
+    run->pruned = allocate(run->passes * matrices(model), sizeof(Pruned));
     run->loss = allocate(updates_before(run, run->passes + 1), sizeof(double));
 }
 
@@ -128,16 +135,17 @@ static void use_base(void)
 }
 
 // What a model says that says the answers, of an evaluation by generation.
-static void use_pieces(const Data *data)
+static void use_pieces(Data *data)
 {
+    Generation g = generation_open(data, "input");
     for (size_t e = 0; e < data->examples; e++) {
-        size_t n = min_size(data->limit, data->length[e] - data->answer[e]);
+        size_t n = min_size(g.limit, data->length[e] - data->answer[e]);
         uint32_t *token = integers(n);
-        for (size_t i = 0; i < n; i++) token[i] = data_token(data, data->offset[e] + data->answer[e] + i);
+        for (size_t i = 0; i < n; i++) token[i] = data_token(data, e, data->answer[e] + i);
         REQUIRE(data->answer[e] + n <= data->longest);
-        char *text = allocate(n * data->longest_piece + 1, 1);
-        write_text(text, data, token, n);
-        REQUIRE(strlen(text) <= n * data->longest_piece && !isinf(last_number(text)));
+        char *text = allocate(n * g.longest_piece + 1, 1);
+        write_text(text, &g, token, n);
+        REQUIRE(strlen(text) <= n * g.longest_piece && !isinf(last_number(text)));
         untrack(text);
         untrack(token);
     }
@@ -146,13 +154,15 @@ static void use_pieces(const Data *data)
 static void use_data(void)
 {
     Data data = data_open("input");
-    if (data.column[0] && data.metric == NUMBER) { use_pieces(&data); return; }     // no batch holds what is generated whole
-    Batch batch = batch_alloc(data.longest, data.longest_answer, 0);
-    for (size_t e = 0; e < data.examples; e++) {
-        batch_clear(&batch, 0);
-        batch_add(&batch, &data, e, 0, 0);
-        REQUIRE(batch.answer.n >= 1 && batch.all.n <= data.longest);
+    if (data.column[0] && data.metric == NUMBER) { use_pieces(&data); return; }     // no batch holds it whole
+    Batch batch = batch_alloc(2 * data.longest, 2 * data.longest_answer, 2 * data.longest);
+    for (size_t e = 0; e < data.examples; e++) {                                    // each beside the next one
+        size_t n = min_size(2, data.examples - e);
+        for (size_t i = 0; i < n; i++) batch.example[i] = (uint32_t)(e + i);
+        batch_lay(&batch, &data, n);
+        REQUIRE(batch.answer.n >= n && batch.all.n <= batch.K && batch.K <= 2 * data.longest);
         for (size_t i = 0; i < batch.all.n; i++) REQUIRE(batch.token[i] < data.V);
+        for (size_t k = 0; k < batch.K; k++) REQUIRE(batch.key_row[k] < batch.all.n);
     }
     if (!data.column[0]) return;
     Verdict *verdict = allocate(data.examples, sizeof(Verdict));
@@ -173,14 +183,18 @@ static void use_state(void)
     static Run run;
     make_run(&run);
     memset(given, 0, sizeof given);
-    char *saved = settings_resume();
-    settings_agree(strdup(SAVED), saved);
+    size_t size;
+    File file = file_open("input", "stat");
+    char *saved = section(&file, "options", 1, &size);
+    if (!saved) die("nothing is saved");
+    options_resume(saved, size, 0), options_resume(saved, size, 1);
     make_run(&run);
-    if (!memmem(input, input_size, "entries", 7)) opt.method = METHOD_FULL;
+    if (memmem(input, input_size, "fuzz full", 9)) opt.method = METHOD_FULL;
     run.passes = opt.method == METHOD_FULL ? 1 : run.passes;
     prepare_training(&run.model);
     state_load(&run, "input");
-    REQUIRE(run.rows >= 1 && run.rows <= run.passes + 1 && run.updates <= updates_before(&run, run.passes + 1));
+    trained_load(&run.model, "input");
+    REQUIRE(run.rows <= run.passes + 1 && run.updates <= updates_before(&run, run.passes + 1));
     if (opt.method == METHOD_RIGSA) use_adapter(&run.model);
 }
 
@@ -202,8 +216,30 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     return 0;
 }
 
+#ifdef VERDICTS
+// Standard input holds files, each behind its length as a u64. Standard output says of each in one line what the readers do with it:
+// an empty line if it is accepted, otherwise what die() said.
+int main(void)
+{
+    uint64_t size;
+    while (fread(&size, sizeof size, 1, stdin) == 1) {
+        char *said = NULL;
+        size_t length;
+        uint8_t *bytes = malloc(size + 1);
+        if (!bytes || fread(bytes, 1, size, stdin) != size) return 1;
+        quiet = open_memstream(&said, &length);
+        LLVMFuzzerTestOneInput(bytes, size);
+        fclose(quiet);
+        printf("%.*s\n", (int)strcspn(said, "\n"), said);
+        (free)(said);
+        (free)(bytes);
+    }
+    return 0;
+}
+#else
 // Most mutations happen inside a file that stays a file: one section's payload changes, or sections come, go and change places, and
 // lengths and hashes are made right again. Without that, nearly every mutation would end at the first wrong hash.
+static unsigned long structured;
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 
 size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigned seed)
@@ -261,7 +297,7 @@ static void write_seeds(const char *folder)
 {
     static Run run;
     char path[PATH_MAX];
-    const char *settings = SAVED;
+    const char *settings = "fuzz";
     const uint32_t vocab[] = { 8, 4 }, length[] = { 4, 3, 3 }, answer[] = { 2, 2, 1 }, token[] = { 1, 2, 3, 4, 5, 6, 7, 0, 1, 2 };
     const uint32_t choices[] = { 3 }, gold[] = { 1 }, chars[] = { 4, 5, 6 }, glyphs[] = { 1, '1' }, limit[] = { 3 }, end[] = { 0 };
     const char stop[] = "\n\0Q:";
@@ -275,7 +311,8 @@ static void write_seeds(const char *folder)
         snprintf(path, sizeof path, "%s/%s", folder, name[i]);
         make_run(&run);
         Model *model = &run.model;
-        run.settings = (char *)settings;
+        run.settings = (char *)(i == 8 ? "fuzz full" : settings);
+        run.options = (char *)SAVED, run.options_size = sizeof SAVED;
         run.rows = 1, run.updates = 2;
         opt.method = i == 8 ? METHOD_FULL : METHOD_RIGSA;
         for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
@@ -316,3 +353,4 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     atexit(report);
     return 0;
 }
+#endif

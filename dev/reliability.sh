@@ -10,7 +10,6 @@ trap 'rm -rf "$work"' EXIT
 failed=0
 strict="-mprefer-vector-width=512 -std=gnu11 -fno-math-errno -fno-trapping-math -Wall -Wextra -Wshadow -Werror"
 parallel=-fopenmp serial="-fopenmp-simd -Wno-unknown-pragmas"
-export GOMP_SPINCOUNT=20000
 
 verdict() { if [ "$1" -eq 0 ]; then echo "passed  $2"; else echo "FAILED  $2"; failed=1; fi; }
 
@@ -67,17 +66,17 @@ threads() {
     echo "called_from_lib:libomp.so" > "$work/suppressions"
     while read -r options; do
         OMP_NUM_THREADS=2 KMP_BLOCKTIME=0 TSAN_OPTIONS="suppressions=$work/suppressions exitcode=9" "$work/train" --batch 4 \
-            --examples 8 --ticket-examples 8 --eval "$work/eval" --eval "$work/eval_choices" --eval "$work/eval_spoken" \
+            --examples 8 --ticket-examples 8 --eval "$work/eval" --eval "$work/eval_choices" \
             --out "$work/out" --overwrite $options > "$work/log" 2>&1
         verdict $? "ThreadSanitizer, ${options:-defaults}: $(grep -c 'WARNING: ThreadSanitizer' "$work/log") warnings"
     done <<< "
 --precision bf16
 --method full
---recompute --rest init --threshold all --micro 3"
+--recompute --threshold all --micro 3"
 }
 
 runs() {
-    make -s train_rigsa && python3 dev/test_reliability.py --long
+    make -s train_rigsa evaluate_rigsa train_baselines && python3 dev/test_reliability.py --long
     verdict $? "runs"
 }
 

@@ -1,7 +1,7 @@
 """
 Is each method of dev/baselines.c what its origin says? (doc/baselines.md)
 
-    make train_baselines dump_baselines && python dev/test_baselines.py
+    make train_rigsa evaluate_rigsa train_baselines dump_baselines && python dev/test_baselines.py
 
 needs torch, transformers, peft and bitsandbytes (dev/requirements.txt). On the fixture of dev/dump_reference.py, a model of
 odd sizes with grouped queries, unless said otherwise:
@@ -10,11 +10,13 @@ odd sizes with grouped queries, unless said otherwise:
 - every adapter: gradients at random values against autograd in float64
 - NF4 and its double quantization against bitsandbytes on a CPU: every byte, or why not
 - LT-SFT, RoSA: mask and trained values against the published rules in PyTorch, float64
+- pruned entries that rest at their initial values: gradients, and a ticket's twenty updates from a real pruning
 - random masks: number of entries, seeds, and entry for entry the selection sampling of baselines.c in Python
 
 The last line is `N passed, N failed`; the exit status is 0 only if nothing failed.
 """
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -441,6 +443,71 @@ def sampled(size, wanted, key):
     return chosen
 
 
+def test_resting(fixture):
+    """--rest init: W = W0 + alpha (mask . DeltaW + (1 - mask) . initial), where only DeltaW and alpha are trained."""
+    shapes, count = fixture.shapes, len(fixture.shapes)
+    w0 = [fixture.weights[name] for name, _ in shapes]
+    options = ["--method", "rigsa", "--rest", "init", "--rounds", 1, "--alpha-lr", RATE, "--weight-decay", 0, "--sigma", 0.3,
+               "--examples", fixture.passes(3), "--ticket-examples", fixture.passes(UPDATES), "--micro", 2]
+
+    def matrices(gates, dense, frozen):
+        return {name: w + gate * (delta + rest) for (name, _), w, gate, delta, rest in
+                zip(shapes, w0, gates, dense().values(), frozen)}
+
+    def frozen_entries(dump, entries, index):
+        mask = torch.tensor(flat_mask(entries, index, shapes))
+        parts = torch.where(mask, 0.0, torch.tensor(dump["initial"].astype(np.float64))).split([w.numel() for w in w0])
+        return [part.reshape(w.shape) for part, w in zip(parts, w0)]
+
+    for keep in (0, 0.2, 0.9):
+        dump = read_dump(fixture, "rest_gradients", *options, "--keep", keep)
+        n, entries, index = int(dump["entries"].sum()), dump["entries"].astype(np.int64), dump["index"].astype(np.int64)
+        deltas, dense = dense_deltas(dump["values"][:n], entries, index if n else np.zeros(0, np.int64), shapes)
+        if not n:
+            dense = lambda: {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes}  # noqa: E731
+        gates = leaf(dump["values"][n:])
+        leaves = [*(part for part in deltas if part.numel()), gates]
+        loss = fixture.loss(matrices(gates, dense, frozen_entries(dump, entries, index)))
+        check_close(f"rest init, keep {keep}: loss", dump["loss"], [loss.item()], 2e-6)
+        expected = [g.numpy().ravel() for g in torch.autograd.grad(loss, leaves)]
+        check(f"rest init, keep {keep}: number of gradients", dump["gradients"].size == n + count)
+        parts = np.split(dump["gradients"], np.cumsum([g.size for g in expected])[:-1])
+        worst = max(difference(got.astype(np.float64), want) for got, want in zip(parts, expected))
+        check(f"rest init, keep {keep}: gradients", worst <= GRADIENT, f"{worst:.1e}, at most {GRADIENT:.0e}")
+
+    out = fixture.run("rest_ticket", *options, "--keep", 0.2)
+    entries, index, values, alphas = read_ticket(f"{out}/ticket.bin")
+    frozen = frozen_entries(dump, entries, index)
+    start = dump["initial"][flat_mask(entries, index, shapes)]
+    deltas, dense = dense_deltas(start, entries, index, shapes)
+    gates = leaf(np.full(count, 1e-6, np.float32))
+    expected = train(lambda: fixture.loss(matrices(gates, dense, frozen)), [*deltas, gates], UPDATES)
+    check_losses("rest init, the ticket's", losses(out, "ticket"), expected)
+    check_close("rest init: values", values, np.concatenate([part.detach().numpy() for part in deltas]), WEIGHTS)
+    check_close("rest init: gates", alphas, gates.detach().numpy(), WEIGHTS)
+
+    evaluated = f"{fixture.folder}/loss.bin"
+    sections = [(tag, b"loss" if tag == "metric" else data) for tag, data in read_file(fixture.data, "data").items()]
+    write_file(evaluated, "data", sections)
+    gates, dense = leaf(alphas), dense_deltas(values, entries, index, shapes)[1]
+    loss = fixture.loss(matrices(gates, dense, frozen)).item()
+
+    def run(program, *options):
+        return subprocess.run([f"./{program}", "--base", fixture.base, "--eval", evaluated, *options],
+                              cwd=os.path.dirname(HERE), capture_output=True, text=True)
+    ticket = ["--ticket", f"{out}/ticket.bin"]
+    said = run("train_baselines", "--method", "eval", *ticket).stdout
+    row = re.search(r"^ticket +- +- +- +(\S+) ", said, re.MULTILINE)
+    check("rest init: the ticket is read back", row and abs(float(row[1]) - loss) < 1e-4, f"{row and row[1]}, {loss:.4f}")
+    for program, *method in ("train_rigsa", "--method", "eval"), ("evaluate_rigsa",):
+        refused = run(program, *method, *ticket)
+        check(f"rest init: {program} says who reads it", refused.returncode == 1 and refused.stderr.count("\n") == 1
+              and "train_baselines" in refused.stderr, refused.stderr.strip())
+    for wrong, word in (["--method", "lora"], "--method rigsa"), (["--survivors", "redraw"], "redraw"):
+        refused = run("train_baselines", "--data", fixture.data, "--out", f"{fixture.folder}/never", "--rest", "init", *wrong)
+        check(f"rest init: not with {wrong[1]}", refused.returncode == 1 and word in refused.stderr, refused.stderr.strip())
+
+
 def test_random(fixture):
     """The number of entries of every matrix, and the same mask for the same seed only."""
     def ticket(name, seed, density):
@@ -466,7 +533,7 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         fixture = Fixture(folder)
-        for test in (test_random, test_gradients, test_peft, test_nf4, test_ltsft, test_rosa):
+        for test in (test_random, test_gradients, test_resting, test_peft, test_nf4, test_ltsft, test_rosa):
             print(f"-- {test.__name__.removeprefix('test_')}: {test.__doc__}")
             test(fixture)
     print(f"{passed} passed, {failed} failed")

@@ -20,6 +20,7 @@ import resource
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ import rigsa_file
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 PROGRAM = os.path.join(ROOT, "train_rigsa")
+EVALUATE = os.path.join(ROOT, "evaluate_rigsa")
 NANO = os.path.join(HERE, "nano")
 count = {True: 0, False: 0}
 
@@ -47,12 +49,12 @@ class Runs:
     folder of a cgroup of version 1.
     """
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, program=PROGRAM):
+        self.folder, self.program = folder, program
         addition = rigsa_file.read_examples(f"{NANO}/addition.bin")
         digits = rigsa_file.read_examples(f"{NANO}/digits_train.bin")
         addition["examples"], digits["examples"] = addition["examples"][:64], digits["examples"][:200]
-        self.data, self.eval, self.details = self.path("data.bin"), self.path("eval.bin"), self.path("details.jsonl")
+        self.data, self.eval = self.path("data.bin"), self.path("eval.bin")
         rigsa_file.write_file(self.data, "data", rigsa_file.data_sections(**digits))
         rigsa_file.write_file(self.eval, "data", rigsa_file.data_sections(**addition))
 
@@ -65,7 +67,7 @@ class Runs:
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def start(self, out, *options, threads=1, limits=None, user=None, group=None):
+    def start(self, out, *options, threads=1, limits=None, user=None, group=None, cwd=ROOT):
         """A run in the folder `out`, as a process."""
         def prepare():
             for kind, size in (limits or {}).items():
@@ -74,25 +76,23 @@ class Runs:
                 write(f"{group}/cgroup.procs", "0")
             if user:
                 os.setuid(user)
-        return subprocess.Popen([PROGRAM, "--out", self.path(out), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, cwd=ROOT, preexec_fn=prepare, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        return subprocess.Popen([self.program, "--out", self.path(out), *options], text=True, cwd=cwd,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare,
+                                env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
     def run(self, out, *options, **how):
         """(exit status, standard output, standard error) of a run in the folder `out`."""
         return finish(self.start(out, *options, **how))
 
     def result(self, out):
-        """What must be the same: the ticket or the model, the losses, the table without its times, and the details by example."""
+        """What must be the same: the ticket or the model, the losses, the table without its times."""
         found = {}
-        for name in ("ticket.bin", "model.bin", "loss.csv"):
+        for name in ("ticket.bin", "lora.bin", "model.bin", "loss.csv"):
             if os.path.exists(self.path(f"{out}/{name}")):
                 with open(self.path(f"{out}/{name}"), "rb") as file:
                     found[name] = file.read()
         with open(self.path(f"{out}/table.csv")) as file:
             found["table"] = [row[:-1] for row in csv.reader(file)]
-        if os.path.exists(self.details):                            # an evaluation that was interrupted stands there twice
-            with open(self.details) as file:
-                found["details"] = {(line["round"], line["column"], line["example"]): line for line in map(json.loads, file)}
         return found
 
 
@@ -105,6 +105,11 @@ def finish(process):
 def write(path, text):
     with open(path, "w") as file:
         file.write(text)
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def one_line(err, word):
@@ -148,9 +153,8 @@ def disturb(runs, name, usual, expected, number, numbers, longest, threads=(1,),
 
 
 def test_killed(runs, long):
-    usual = runs.usual("--details", runs.details)
+    usual = runs.usual()
     expected = undisturbed(runs, "rigsa", usual)
-    check("details of every example in each of five evaluations", len(expected["details"]) == 5 * 64)
     disturb(runs, "killed", usual, expected, signal.SIGKILL, 50 if long else 8, 1.5, (1, 2, 3))
 
 
@@ -193,9 +197,29 @@ def test_second_signal(runs, long):
     check("the state of before is there", os.path.exists(runs.path("slow/state.bin")))
 
 
+def test_ignored_signal(runs, long):
+    """A signal that was ignored when the program started (nohup, background jobs) still is; another not."""
+    for ignored, other in ((signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
+        signal.signal(ignored, signal.SIG_IGN)
+        out = f"ignores{ignored}"
+        slow = runs.usual("--batch", "1000000", "--examples", "100000", "--micro", "16")
+        process = runs.start(out, *slow)
+        begun(runs, out, process)
+        process.send_signal(ignored)
+        time.sleep(0.3)
+        check("not asked to stop", process.poll() is None)
+        process.send_signal(other)
+        process.send_signal(ignored)
+        time.sleep(0.3)
+        check("nor asked twice", process.poll() is None)
+        process.send_signal(other)
+        check("at once", finish(process)[0] == -other)
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
+
+
 def begun(runs, name, process):
-    """Waits until the run has saved itself for the first time."""
-    while process.poll() is None and not os.path.exists(runs.path(f"{name}/settings.txt")):
+    """Waits until the run has evaluated the base and saved itself."""
+    while process.poll() is None and not os.path.exists(runs.path(f"{name}/loss.csv")):
         time.sleep(0.02)
 
 
@@ -272,13 +296,10 @@ def test_lock(runs, long):
 
 def test_other_settings(runs, long):
     stopped_run(runs, "chosen")
-    shutil.copy(runs.eval, runs.path("other.bin"))
-    for option, value in (("lr", "0.004"), ("rounds", "2"), ("seed", "2"), ("batch", "8"), ("micro", "4"), ("rest", "init"),
-                          ("eval", runs.path("other.bin")), ("method", "full"), ("method", "eval"), ("keep", "0.5601")):
+    for option, value in (("lr", "0.004"), ("rounds", "2"), ("seed", "2"), ("batch", "8"), ("micro", "4"), ("survivors", "keep"),
+                          ("method", "full"), ("method", "eval"), ("keep", "0.5601")):
         status, said, err = runs.run("chosen", "--resume", f"--{option}", value)
         check(f"another --{option}", status == 1 and not said and one_line(err, f"--{option} is {value}, "), err)
-    status, said, err = runs.run("chosen", "--resume", "--details", runs.path("late.jsonl"))
-    check("details that the saved run had not", status == 1 and one_line(err, "--details was not given to the saved run"), err)
     status, said, err = runs.run("chosen", "--resume", "--overwrite")
     check("resume and overwrite", status == 1 and one_line(err, "--overwrite"), err)
     status, said, err = runs.run("empty", "--resume")
@@ -313,7 +334,7 @@ def test_command_lines(runs, long):
                           (["--out", f"{text}/out"], "Not a directory"), (["--out", text], "Not a directory"),
                           (["--out", runs.path("no/such")], "No such file"), (["--out", ""], "No such file"),
                           (["--out", "x" * 300], "too long"), (["--out", runs.folder + "/." * 2036], "too long"),
-                          (["--eval", vocabulary], "vocabulary of 50"), (["--eval", text], "no spaces"),
+                          (["--eval", vocabulary], "vocabulary of 50"), (["--eval", text], "too short"),
                           (["--data", vocabulary], "vocabulary of 50"),
                           (["--data", text], "too short"), (["--data", pipe], "not a file"),
                           (["--data", runs.folder], "not a file"),
@@ -323,6 +344,133 @@ def test_command_lines(runs, long):
                                  capture_output=True, text=True, timeout=20)
         check(" ".join(options)[:40], process.returncode == 1 and not process.stdout and one_line(process.stderr, word),
               process.stderr)
+
+
+def evaluation(runs, name, column, **more):
+    """The path of an evaluation set that differs from the usual one only in what is named."""
+    parts = {**rigsa_file.read_examples(runs.eval), "column": column, **more}
+    rigsa_file.write_file(runs.path(name), "data", rigsa_file.data_sections(**parts))
+    return runs.path(name)
+
+
+def test_names(runs, long):
+    """Results are kept by the whole name of an evaluation set, which no other has; there may be many."""
+    names = [f"mmlu_continuation_high_school_subject_number_{i}" for i in range(60)]
+    paths = [evaluation(runs, f"{name}.bin", name) for name in names]
+    short = ["--base", f"{NANO}/base.bin", "--data", runs.data, "--rounds", "0", "--ticket-examples", "16"]
+    every = [word for path in paths for word in ("--eval", path)]
+    status, said, err = runs.run("many", *short, *every)
+    check("sixty evaluation sets", status == 0, err)
+    result = runs.result("many") if status == 0 else {"table": [[]]}
+    heading = [word for name in names for word in (name, f"{name}_error")]
+    check("each with a column", result["table"][0][4:] == heading, result["table"][0])
+    details = runs.path("details.jsonl")
+    said = subprocess.run([EVALUATE, *every, "--details", details], cwd=ROOT, capture_output=True, text=True)
+    columns = {json.loads(line)["column"] for line in read(details).splitlines()} if said.returncode == 0 else set()
+    check("and details", columns == set(names), said.stderr)
+    same = evaluation(runs, "same.bin", names[0])
+    for first, second in ((paths[0], paths[0]), (paths[0], same)):
+        status, said, err = runs.run("twice", *short, "--eval", first, "--eval", second)
+        check("two of one name", status == 1 and one_line(err, f"{first} and {second} are both"), err)
+    for name in ("density", "mnist_error"):
+        status, said, err = runs.run("taken", *short, "--eval", evaluation(runs, "taken.bin", name))
+        check("a name that table.csv needs itself", status == 1 and one_line(err, f"`{name}`"), err)
+    choices = dict(choices=[2] * 32, gold=[0] * 32, chars=[1] * 64)
+    path = evaluation(runs, "c.bin", "c", metric="acc", **choices)
+    status, said, err = runs.run("wrong", *runs.usual("--data", path))
+    check("wrong choices are not learnt", status == 1 and one_line(err, "c.bin holds wrong choices"), err)
+    status, said, err = runs.run("elsewhere", cwd=runs.folder)
+    check("the default files, started elsewhere", status == 1 and one_line(err, "the project's folder"), err)
+
+
+def test_changed_data(runs, long):
+    """Data and evaluation sets that are cut or overwritten under a run have no effect on it."""
+    usual = runs.usual("--rounds", "1", "--examples", "2000")
+    expected = undisturbed(runs, "calm", usual)
+    kept = {}
+    for path in (runs.data, runs.eval):
+        with open(path, "rb") as file:
+            kept[path] = file.read()
+    for name, junk in (("cut", b""), ("overwritten", None)):
+        process = runs.start(name, *usual)
+        begun(runs, name, process)
+        for path, content in kept.items():
+            with open(path, "r+b") as file:
+                file.truncate(len(junk) if junk is not None else len(content))
+                if junk is None:
+                    file.seek(len(content) // 2)
+                    file.write(b"\xff" * (len(content) - len(content) // 2))
+        status, said, err = finish(process)
+        for path, content in kept.items():
+            with open(path, "wb") as file:
+                file.write(content)
+        check(f"{name}: nothing happens", status == 0 and runs.result(name) == expected, f"{status} {err}")
+
+
+def test_moved_inputs(runs, long):
+    """Inputs may have moved: their hashes decide. Names may have any character."""
+    expected = undisturbed(runs, "staying", runs.usual())
+    odd = runs.path(" a \n folder ")
+    os.mkdir(odd)
+    for name, path in (("base.bin", f"{NANO}/base.bin"), ("data.bin", runs.data), (" eval 1.bin", runs.eval)):
+        shutil.copy(path, f"{odd}/{name}")
+    local = runs.usual("--base", "base.bin", "--data", "./data.bin", "--eval", " eval 1.bin")
+    moved = ["--base", runs.path("b.bin"), "--data", f"{runs.folder}/./d.bin", "--eval", runs.path("e 1.bin")]
+    for name, options in (("here", []), ("there", moved), ("again", moved)):
+        out = f"{name} run"
+        process = runs.start(out, *local, cwd=odd)
+        begun(runs, out, process)
+        time.sleep(0.3)
+        process.terminate()
+        check(f"{name}: stopped", finish(process)[0] == 128 + signal.SIGTERM)
+        if options:
+            for old, new in zip(("base.bin", "data.bin", " eval 1.bin"), moved[1::2]):
+                shutil.copy(f"{odd}/{old}", new)
+            os.rename(odd, odd + "gone")
+            changed = evaluation(runs, "changed.bin", "changed")
+            status, said, err = runs.run(out, "--resume", *options[:4], "--eval", changed)
+            check(f"{name}: another set", status == 1 and one_line(err, "changed.bin has changed"), err)
+            status, said, err = runs.run(out, "--resume", *options, "--eval", runs.eval)
+            check(f"{name}: an evaluation set more", status == 1 and one_line(err, ""), err)
+        status, said, err = runs.run(out, "--resume", *options, cwd="/")
+        check(f"{name}: goes on from another folder", status == 0, err)
+        found = runs.result(out) if status == 0 else {}
+        same = {**expected, "ticket.bin": None} == {**found, "ticket.bin": None}    # which has names of files
+        one, two = (same and rigsa_file.read_file(runs.path(f"{folder}/ticket.bin"), "tick")["values"]
+                    for folder in (out, "staying"))
+        check(f"{name}: to the same end", same and one == two, said)
+        if options:
+            os.rename(odd + "gone", odd)
+
+
+def test_baselines(runs, long):
+    """The methods of dev/baselines.c, one of each form, are killed and go on as the trainer's are."""
+    subprocess.run(["make", "-s", "train_baselines"], cwd=ROOT, check=True)
+    runs.program = os.path.join(ROOT, "train_baselines")
+    forms = [("lora", ["--rank", "3"]), ("random", []), ("ltsft", []),
+             ("rosa", ["--rank", "3", "--mask-after", "8"])]
+    others = [("lora", ["--rank", "3", "--base-type", "nf4"]), ("random", ["--init", "gated"]), ("dense", [])]
+    for method, more in forms + others * long:
+        name = "_".join([method, *more[-1:]])
+        usual = runs.usual("--method", method, *more)
+        expected = undisturbed(runs, name, usual)
+        disturb(runs, f"{name}-killed", usual, expected, signal.SIGKILL, 20 if long else 3, 0.8, (1, 2))
+    usual = runs.usual("--method", "rosa", "--rank", "3", "--mask-after", "150", "--batch", "1")
+    expected = undisturbed(runs, "warm", usual)
+    process, warm = runs.start("warm-killed", *usual, "--save-every", "0.001"), 0
+    while process.poll() is None and not warm:                      # updates of A and B alone
+        if os.path.exists(runs.path("warm-killed/settings.txt")):
+            state = rigsa_file.read_file(runs.path("warm-killed/state.bin"), "stat")
+            warm, = struct.unpack("<Q", state["warm"])
+    process.kill()
+    finish(process)
+    status, said, err = runs.run("warm-killed", "--resume")
+    same = status == 0 and runs.result("warm-killed") == expected
+    check("rosa, killed before its mask", same and 0 < warm < 150, f"{warm} {err}")
+    status, said, err = runs.run("rosa_8-killed0", "--resume", "--mask-after", "9")
+    check("rosa: another --mask-after", status == 1 and one_line(err, "--mask-after is 9, "), err)
+    status, said, err = runs.run("ltsft-killed0", "--resume")
+    check("a hash at the end", re.search(r"\nltsft: \d+ values, hash [0-9a-f]{16}\n$", said), said)
 
 
 def test_not_finite(runs, long):
@@ -363,6 +511,17 @@ def test_memory(runs, long):
         memory_135m(runs)
 
 
+def test_large_batch(runs, long):
+    """Memory is planned for what a pass has, not for what a batch may have."""
+    planned = {}
+    for batch in "64", "2000", "1000000":
+        usual = runs.usual("--batch", batch, "--examples", "64", "--ticket-examples", "48", "--rounds", "1")
+        status, said, err = runs.run(f"batch{batch}", *usual)
+        check(f"a batch of {batch}", status == 0, err)
+        planned[batch] = re.findall(r"together (.*) MB|hash (.*)", said)
+    check("the same memory and hash", planned["64"] == planned["2000"] == planned["1000000"], planned)
+
+
 def memory_135m(runs):
     """One update in SmolLM2-135M's shape (of zeros, in bfloat16), just above and just below its plan."""
     config = dict(dim=576, ffn=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192, tied=1, dtype=1,
@@ -389,10 +548,9 @@ def memory_135m(runs):
 
 def memory_cgroup(runs, usual, planned):
     """The same under the limit of a cgroup, where we may make one: the kernel kills what takes more."""
-    with open("/proc/self/cgroup") as file:
-        own = re.search(":memory:(.*)", file.read())
-    group = f"/sys/fs/cgroup/memory{own[1] if own else '/none'}/rigsa{os.getpid()}"
     try:
+        own = re.search(":memory:(.*)", read("/proc/self/cgroup").decode())
+        group = f"/sys/fs/cgroup/memory{own[1] if own else '/none'}/rigsa{os.getpid()}"
         os.mkdir(group)
     except OSError as error:
         print(f"    no cgroup was tried: {error}")
@@ -411,10 +569,84 @@ def memory_cgroup(runs, usual, planned):
         os.rmdir(group)
 
 
+PROGRAMS = ["train_rigsa --help", "test_rigsa --help", "train_baselines --help", "dump_baselines --help",
+            "dev/bench_kernels no", "dev/bench_step --no"]
+
+
+def test_start(runs, long):
+    """Every program that is built hardly spins, whatever name it is called by, and takes its options once."""
+    for program, option in (line.split() for line in PROGRAMS):
+        path = os.path.join(ROOT, program)
+        if not os.path.exists(path) or b"GOMP_parallel" not in read(path):
+            print(f"    {program}: not tried, it is not built with gcc's OpenMP")
+            continue
+        usual = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
+        shown = usual | {"OMP_DISPLAY_ENV": "verbose"}
+        said = subprocess.run([path, option], env=shown, capture_output=True, text=True)
+        spins = re.findall("GOMP_SPINCOUNT = '(.*)'", said.stderr)
+        check(f"{program} hardly spins", spins and spins[-1] == "1000", spins)
+    unset = {"env": usual, "capture_output": True, "text": True, "cwd": ROOT}
+    said = subprocess.run(["bash", "-c", f"exec -a ls {PROGRAM} --help"], **unset).stdout
+    check("under another name", "RIGSA" in said, said[:80])
+    wrapper = runs.path("wrapper")
+    write(wrapper, f'#!/bin/bash\nexec -a "$0" {PROGRAM} --seed 7 "$@"\n')
+    os.chmod(wrapper, 0o755)
+    said = subprocess.run([wrapper, *runs.usual("--rounds", "0"), "--out", runs.path("wrapped")], **unset)
+    check("a wrapper that keeps its name", said.returncode == 0, said.stderr)
+
+
+def test_closed(runs, long):
+    """Nothing that is printed gets into a file that would have had the descriptor of a closed stream."""
+    usual = f"{EVALUATE} --base {NANO}/base.bin --eval {runs.eval} --overwrite --details"
+    for number, closed in enumerate((">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-")):
+        details = runs.path(f"{number}.jsonl")
+        status = subprocess.run(["bash", "-c", f"{usual} {details} {closed}"], cwd=ROOT, capture_output=True)
+        lines = read(details).decode().splitlines()
+        good = status.returncode == 0 and len(lines) == 64 and all(line.startswith("{") for line in lines)
+        check(f"{closed}: details", good, (status, lines[:1]))
+
+
+def test_output(runs, long):
+    """Standard output that cannot be written gives one line and status 1, after all files are there."""
+    details = runs.path("details.jsonl")
+    for command in ([PROGRAM, "--help"], [EVALUATE, "--eval", runs.eval, "--details", details],
+                    [PROGRAM, *runs.usual(), "--out", runs.path("unheard")]):
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        good = ended.returncode == 1 and one_line(ended.stderr, "standard output")
+        check(f"standard output is full: {command[1]}", good, ended)
+    check("its details", read(details).count(b"\n") == 64)
+    check("its ticket", runs.result("unheard") == undisturbed(runs, "heard", runs.usual()))
+
+
+def test_make(runs, long):
+    """The Makefile asks the compiler for each flag, and says what is missing only when something is built."""
+    def make(compiler, *words):
+        done = subprocess.run(["make", f"CC={compiler}", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    status, said, err = make("no-such-compiler", "-B", "train_rigsa")
+    check("no compiler", status and "no compiler `no-such" in err and "OpenMP" not in err, said + err)
+    status, said, err = make("no-such-compiler", "-n", "clean")
+    check("make clean is silent", status == 0 and err == "", err)
+    simple, stuck = runs.path("simple"), runs.path("stuck")
+    write(simple, '#!/bin/sh\ncase "$*" in *-fopenmp\\ *|*=native*) exit 1; esac\nexec cc "$@"\n')
+    write(stuck, '#!/bin/sh\nexec cc -Wl,--dynamic-linker=/nowhere "$@"\n')
+    for compiler in simple, stuck:
+        os.chmod(compiler, 0o755)
+        status, said, err = make(compiler, "-n", "-B", "train_rigsa")
+        good = status == 0 and "-fopenmp-simd" in said and "-fopenmp " not in said and "ONE core" in said
+        check("without OpenMP that does not start", good, said + err)
+        check("and flags that it does not take", ("=native" in said) == (compiler == stuck), said)
+
+
 def test_soak(runs, long):
     """An hour of real MNIST at side 14: memory stays flat, and the line at the terminal's bottom says what loss.csv says."""
     train, test = (os.path.join(ROOT, f"data/mnist_14_{part}.bin") for part in ("train", "test"))
     if not long:
+        return
+    if not os.path.exists("/proc/self/statm"):
+        print("    not tried: this system has no /proc")
         return
     if not os.path.exists(train):
         print("    not tried: python3 prepro_mnist.py --side 14 makes its data")
@@ -455,8 +687,10 @@ def agrees(losses, updates, percent, shown):
     return False
 
 
-TESTS = (test_killed, test_terminated, test_full, test_default, test_second_signal, test_disk_full, test_lock, test_other_settings,
-         test_command_lines, test_not_finite, test_small_stack, test_memory, test_soak)
+TESTS = (test_killed, test_terminated, test_full, test_default, test_second_signal, test_disk_full, test_lock,
+         test_other_settings, test_names, test_changed_data, test_moved_inputs, test_baselines,
+         test_command_lines, test_not_finite, test_small_stack, test_memory, test_start, test_large_batch,
+         test_ignored_signal, test_closed, test_output, test_make, test_soak)
 
 
 def main():

@@ -1,6 +1,6 @@
 """
-Does train_rigsa score as lm-evaluation-harness does? A model of random weights with SmolLM2's vocabulary answers PIQA, HellaSwag
-and GSM8k twice: through the harness and transformers (HFLM, fp32), and through prepro_eval.py's files and train_rigsa.
+Does evaluate_rigsa score as lm-evaluation-harness does? A model of random weights with SmolLM2's vocabulary answers PIQA, HellaSwag
+and GSM8k twice: through the harness and transformers (HFLM, fp32), and through prepro_eval.py's files and evaluate_rigsa.
 
     python dev/test_scores.py --data DIR                                        a few documents: for CI
     python dev/test_scores.py --data DIR --documents 200 --generated 16         the whole claim
@@ -130,12 +130,12 @@ def compare(model, tokenizer, folder, tasks, limit, args):
     reference = Reference(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
     _, expected = prepro_eval.ask(reference, command)
     command.score = os.path.join(folder, "details.jsonl")
-    run = [args.program, "--method", "eval", "--base", os.path.join(folder, "base.bin"), "--details", command.score, "--overwrite"]
+    run = [args.program, "--base", os.path.join(folder, "base.bin"), "--details", command.score, "--overwrite"]
     begin = time.perf_counter()
     print(subprocess.run(run + [word for path in paths for word in ("--eval", path)], check=True, text=True,
                          stdout=subprocess.PIPE).stdout.strip().splitlines()[-1])
     here = time.perf_counter() - begin
-    print(f"{tasks}: HFLM {reference.seconds:.1f} s for its requests, train_rigsa {here:.1f} s for the whole command: "
+    print(f"{tasks}: HFLM {reference.seconds:.1f} s for its requests, evaluate_rigsa {here:.1f} s for the whole command: "
           f"{reference.seconds / here:.2f} times as fast, {torch.get_num_threads()} threads")
     lines = prepro_eval.read_lines(command.score)
     (_, results), = prepro_eval.score(command)
@@ -152,14 +152,14 @@ def compare(model, tokenizer, folder, tasks, limit, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="train_rigsa's scores beside lm-evaluation-harness's.")
+    parser = argparse.ArgumentParser(description="evaluate_rigsa's scores beside lm-evaluation-harness's.")
     parser.add_argument("--data", required=True, metavar="DIR", help="piqa, hellaswag, gsm8k and smollm2/tokenizer")
     parser.add_argument("--documents", type=int, default=12, help="of PIQA and of HellaSwag (default 12)")
     parser.add_argument("--generated", type=int, default=2, help="documents of GSM8k (default 2)")
     parser.add_argument("--config", metavar="CONFIG.json", help="shape of the model (default: a small one)")
     parser.add_argument("--batch", type=int, default=8, help="HFLM's batch size (default 8)")
     parser.add_argument("--threads", type=int, default=1, help="of both (default 1)")
-    parser.add_argument("--program", default="./train_rigsa", help="default: ./train_rigsa")
+    parser.add_argument("--program", default="./evaluate_rigsa", help="default: ./evaluate_rigsa")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)

@@ -1,0 +1,421 @@
+// SPDX-License-Identifier: MIT
+//
+// wide.h: what only makes the products of train_rigsa.c faster on some processors. The trainer includes it in
+// its section 8 when it is built with -DWIDE='"dev/wide.h"', as the Makefile does, and is complete without
+// it. It knows vectors, tiles and kernels, and nothing of models.
+//
+//     transpose_block    in registers                                                the same bits
+//     matmul_few         few rows of a: b is read where it lies, instead of packed    other last bits in fp32
+//     PAIRS              --precision bf16 with AVX-512's bf16 instruction             other last bits in bf16
+//     AMX                --precision bf16 on Intel's matrix registers                 other last bits in bf16
+
+// -----------------------------------------------------------------------------------------------------------
+// A block of LANES x LANES transposed in registers: each of log2(LANES) steps deals row i and row i + LANES /
+// 2 out alternately, lane by lane, like two halves of a deck of cards.
+
+#if defined(__AVX512F__)
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX__)
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW_HALVES 0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
+#endif
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_bits){ __VA_ARGS__ })
+#endif
+
+static inline __attribute__((always_inline)) void transpose_block(vec row[LANES])
+{
+    vec dealt[LANES];
+    #pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+        #pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            dealt[2 * i] = SHUFFLE(row[i], row[i + LANES / 2], LOW_HALVES);
+            dealt[2 * i + 1] = SHUFFLE(row[i], row[i + LANES / 2], HIGH_HALVES);
+        }
+        memcpy(row, dealt, sizeof dealt);
+    }
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// For few rows of a, packing b would cost more than the product. Where b lies column by column (W^T, the keys
+// of attention) it is read once: NV columns meet MR rows at a time, lane by lane along k. For a missing row
+// or column the last is computed again. The next columns are fetched meanwhile, into L1 if they fit beside
+// rows and columns (24 of 32 KB), otherwise into L2.
+
+enum { NEAR_FLOATS = 3 << 11 };
+
+static void few_along(float *c, size_t ldc, const float *a, size_t a_row, const float *b, size_t b_col,
+                      size_t M, size_t N, size_t K, int add)
+{
+    size_t vectors = K / LANES * LANES;
+    int near = (M + 2 * NV) * K <= NEAR_FLOATS;
+    for (size_t j = 0; j < N; j += NV)
+        for (size_t i = 0; i < M; i += MR) {
+            const float *a_r[MR], *b_v[NV];
+            vec sum[NV][MR] = { 0 };
+            float lane[NV][MR][LANES];
+            for (size_t r = 0; r < MR; r++) a_r[r] = a + min_size(i + r, M - 1) * a_row;
+            for (size_t v = 0; v < NV; v++) b_v[v] = b + min_size(j + v, N - 1) * b_col;
+            for (size_t k = 0; k < vectors; k += LANES) {
+                #pragma GCC unroll 4
+                for (size_t v = 0; v < NV; v++) {
+                    const float *next = b_v[0] + NV * (b_col + k) + v * LANES;
+                    if (near) __builtin_prefetch(next); else __builtin_prefetch(next, 0, 2);
+                }
+                #pragma GCC unroll 8
+                for (int r = 0; r < MR; r++) {
+                    vec a_k = *(const vec_at *)(a_r[r] + k);
+                    #pragma GCC unroll 4
+                    for (int v = 0; v < NV; v++) sum[v][r] += a_k * *(const vec_at *)(b_v[v] + k);
+                }
+            }
+            memcpy(lane, sum, sizeof sum);
+            for (size_t v = 0; v < min_size(NV, N - j); v++)
+                for (size_t r = 0; r < min_size(MR, M - i); r++) {
+                    float *to = c + (i + r) * ldc + j + v, total = 0;
+                    for (int l = 0; l < LANES; l++) total += lane[v][r][l];
+                    for (size_t k = vectors; k < K; k++) total += a_r[r][k] * b_v[v][k];
+                    *to = add ? *to + total : total;
+                }
+        }
+}
+
+// The product in fp32 where a has few rows, and b lies along k, or along its rows and a is one token's
+// (attention's p v, when text is generated). Returns whether it was such a one.
+static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
+{
+    if (precision != FP32) return 0;
+    if (M <= FEW_ROWS && a.col == 1 && b.row == 1) {
+        few_along(c, ldc, a.at, a.row, b.at, b.col, M, N, K, add);
+        return 1;
+    }
+    if (M > MR / 2 || b.col != 1) return 0;
+    for (size_t i = 0; i < M && !add; i++) memset(c + i * ldc, 0, N * sizeof(float));
+    for (size_t k = 0; k < K; k++)
+        for (size_t i = 0; i < M; i++)
+            for (size_t j = 0; j < N; j++)
+                c[i * ldc + j] += a.at[i * a.row + k * a.col] * b.at[k * b.row + j];
+    return 1;
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// The sampled product from transposes of both operands, SPAN lanes of rows at a time. A lane holds one row
+// (below in bfloat16 two).
+
+typedef struct {
+    size_t steps;                       // rows in a lane
+    void (*transpose)(float *to, const float *from, size_t stride, size_t rows, size_t cols);
+    void (*row)(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
+                size_t row_start, size_t n);
+} Sampler;
+
+// to (LANES, SPAN) = LANES columns of from (rows, stride), transposed; `cols` of them exist, and zero stands
+// where there are no more rows. Their neighbours, which come next, are fetched meanwhile: they lie a whole
+// row apart, which no hardware foresees.
+static void transpose_lanes(float *to, const float *from, size_t stride, size_t rows, size_t cols)
+{
+    for (size_t n0 = 0; n0 < SPAN; n0 += LANES) {
+        vec block[LANES];
+        for (size_t n = n0; n < n0 + LANES; n++) {
+            block[n - n0] = n < rows ? load_lanes(from + n * stride, 1, cols) : (vec){ 0 };
+            __builtin_prefetch(from + n * stride + LANES, 0, 2);
+        }
+        transpose_block(block);
+        for (size_t c = 0; c < LANES; c++) *(vec_at *)(to + c * SPAN + n0) = block[c];
+    }
+    round_operands(to, LANES * SPAN);
+}
+
+// dw[k] += dy_o . x_i for one row o of dy^T, which stays in registers, and the columns i of its n entries,
+// index[k] = row_start + i.
+static inline __attribute__((always_inline))
+void sampled_row_of(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
+                    size_t row_start, size_t n, MultiplyAdd *madd)
+{
+    typedef float quad __attribute__((vector_size(16)));
+    vec dy[SPAN / LANES];
+    memcpy(dy, dy_o, sizeof dy);
+    for (size_t k = 0; k < n; k++) {
+        const vec_at *x_i = (const vec_at *)(x_t + (index[k] - row_start) * SPAN);
+        union { vec all; quad part[LANES / 4]; } sum = { { 0 } };
+        #pragma GCC unroll 8
+        for (int l = 0; l < SPAN / LANES; l++) sum.all = madd(sum.all, dy[l], x_i[l]);
+        for (int i = 1; i < LANES / 4; i++) sum.part[0] += sum.part[i];     // few additions, in a fixed order
+        dw[k] += (sum.part[0][0] + sum.part[0][2]) + (sum.part[0][1] + sum.part[0][3]);
+    }
+}
+
+static void sampled_row(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
+                        size_t row_start, size_t n)
+{
+    sampled_row_of(dw, dy_o, x_t, index, row_start, n, multiply_add);
+}
+
+static const Sampler LANES_SAMPLER = { 1, transpose_lanes, sampled_row };
+
+#ifdef __AVX512BF16__
+#define PAIRS_OF_BF16
+// -----------------------------------------------------------------------------------------------------------
+// PAIRS: a 32-bit lane holds steps 2k (low half) and 2k + 1 of the sum over k, in bfloat16, and one
+// instruction multiplies both and adds them in fp32. It takes denormals for zero.
+
+static inline vec multiply_pairs(vec sum, vec a, vec b)
+{
+    // the intrinsic makes gcc 12 store every sum
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+static inline float pair(float low, float high)
+{
+    union { uint32_t i; float f; } u = { round_bf16(low) | round_bf16(high) << 16 };
+    return u.f;
+}
+
+typedef union { vec all; float one[LANES]; uint16_t half[2 * LANES]; } Pairs;
+static const float NO_STEP[NR];         // what an odd sum's last step is paired with
+
+// LANES pairs along k from one row (or column), whose steps of k are `along` apart; `steps` steps exist.
+static inline vec pairs_along(const float *from, size_t along, size_t steps)
+{
+    Pairs pairs = { { 0 } };
+    size_t n = min_size(steps, 2 * LANES);
+    if (along == 1 && steps >= 2 * LANES)
+        for (size_t i = 0; i < 2 * LANES; i++) pairs.half[i] = (uint16_t)round_bf16(from[i]);
+    else for (size_t i = 0; i < n; i++) pairs.half[i] = (uint16_t)round_bf16(from[i * along]);
+    return pairs.all;
+}
+
+// One pair from each of LANES neighbours that lie side by side; `used` of them exist.
+static inline vec pairs_across(const float *from, size_t along, size_t steps, size_t used)
+{
+    Pairs pairs = { { 0 } };
+    const float *high = steps > 1 ? from + along : NO_STEP;
+    if (used >= LANES) for (size_t j = 0; j < LANES; j++) pairs.one[j] = pair(from[j], high[j]);
+    else for (size_t j = 0; j < used; j++) pairs.one[j] = pair(from[j], high[j]);
+    return pairs.all;
+}
+
+// block = LANES pairs from each of LANES rows (or columns); `used` of them and `steps` steps exist.
+static inline __attribute__((always_inline))
+void pairs_block(vec block[LANES], View strip, size_t used, size_t steps)
+{
+    if (strip.row != 1) {
+        for (size_t j = 0; j < LANES; j++)
+            block[j] = j < used ? pairs_along(strip.at + j * strip.row, strip.col, steps) : (vec){ 0 };
+        return;
+    }
+    for (size_t k = 0; k < LANES; k++)
+        block[k] = 2 * k >= steps ? (vec){ 0 }
+                 : pairs_across(strip.at + 2 * k * strip.col, strip.col, steps - 2 * k, used);
+    transpose_block(block);
+}
+
+// As `pack` does it.
+static void pack_pairs(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes)
+{
+    if (strip.row == 1)
+        for (size_t k = 0; k < lanes; k++) {
+            const float *low = 2 * k < K ? strip.at + 2 * k * strip.col : NO_STEP;
+            const float *high = 2 * k + 1 < K ? low + strip.col : NO_STEP;
+            for (size_t j = 0; j < used; j++) to[k * width + j] = pair(low[j], high[j]);
+            for (size_t j = used; j < width; j++) to[k * width + j] = 0;
+        }
+    else
+        for (size_t k0 = 0; k0 < lanes; k0 += LANES)
+            for (size_t j0 = round_up(width, LANES); j0 > 0; j0 -= LANES) {
+                size_t j = j0 - LANES;
+                View from = { strip.at + j * strip.row + 2 * k0 * strip.col, strip.row, strip.col };
+                vec block[LANES];
+                pairs_block(block, from, used > j ? used - j : 0, K - 2 * k0);
+                transpose_block(block);
+                for (size_t k = k0; k < min_size(lanes, k0 + LANES); k++)
+                    *(vec_at *)(to + k * width + j) = block[k - k0];
+            }
+}
+
+static void tile_pairs(float *c, size_t ldc, View a, const float *b, size_t lanes,
+                       size_t rows, size_t cols, int add)
+{
+    TILE_BY_WIDTH(multiply_pairs);
+}
+
+// As transpose_lanes does it.
+static void transpose_pairs(float *to, const float *from, size_t stride, size_t rows, size_t cols)
+{
+    for (size_t n0 = 0; n0 < SPAN; n0 += LANES) {
+        vec block[LANES];
+        for (size_t n = n0; n < n0 + LANES; n++) {
+            const float *row = from + 2 * n * stride;
+            block[n - n0] = 2 * n < rows ? pairs_across(row, stride, rows - 2 * n, cols) : (vec){ 0 };
+            __builtin_prefetch(row + LANES, 0, 2);
+            __builtin_prefetch(row + stride + LANES, 0, 2);
+        }
+        transpose_block(block);
+        for (size_t c = 0; c < LANES; c++) *(vec_at *)(to + c * SPAN + n0) = block[c];
+    }
+}
+
+static void sampled_row_pairs(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
+                              size_t row_start, size_t n)
+{
+    sampled_row_of(dw, dy_o, x_t, index, row_start, n, multiply_pairs);
+}
+
+static const Kernel PAIRS = { MR, 2, 1, pack_pairs, tile_pairs };
+static const Sampler PAIRS_SAMPLER = { 2, transpose_pairs, sampled_row_pairs };
+
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)           // the one is gcc's, the other was clang's
+#define AMX_OF_BF16
+// -----------------------------------------------------------------------------------------------------------
+// AMX: eight registers of 16 x 16 lanes, and one instruction that adds the product of two of them, 16 rows of
+// a times 16 columns of b over 32 steps of k, to a third. Six of them hold sums, two a and b:
+//
+//                      [ b0 ] [ b1 ] [ b2 ]
+//        16 rows a0 -> [  0 ] [  1 ] [  2 ]     the same panel of b as above, and as many rows of a as two
+//        16 rows a1 -> [  3 ] [  4 ] [  5 ]     registers have
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+
+enum { AMX_ROWS = 32 };
+static int amx_refused;                     // by Linux, which lends these registers to a program that asks
+
+// The intrinsics do not tell the compiler which memory they read and write: here it is as the program says.
+#define AMX_MEMORY(at) __asm__ volatile("" :: "r"(at) : "memory")
+
+// Each thread asks once, and says that all of its registers have 16 rows of 64 bytes.
+static int amx_begin(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    struct {
+        uint8_t palette, start_row, zero[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shape = { .palette = 1 };
+    static _Thread_local int begun;
+    if (begun || amx_refused) return begun;
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) return amx_refused = 1, 0;
+    for (int t = 0; t < 8; t++) shape.row_bytes[t] = 64, shape.rows[t] = 16;
+    AMX_MEMORY(&shape);
+    _tile_loadconfig(&shape);
+    return begun = 1;
+}
+
+// b as above. Rows of a a register at a time: to (lanes / 16, AMX_ROWS, 16).
+static void pack_amx(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes)
+{
+    if (width != AMX_ROWS) {
+        pack_pairs(to, strip, width, used, K, lanes);
+        return;
+    }
+    for (size_t k0 = 0; k0 < lanes; k0 += LANES)
+        for (size_t j = 0; j < AMX_ROWS; j += LANES, to += LANES * LANES) {
+            View from = { strip.at + j * strip.row + 2 * k0 * strip.col, strip.row, strip.col };
+            vec block[LANES];
+            pairs_block(block, from, used > j ? used - j : 0, K - 2 * k0);
+            memcpy(to, block, sizeof block);
+        }
+}
+
+// At an edge of c, sums go through a copy of it. Everywhere they start from what c held, so that the place of
+// an edge changes no bit.
+static void tile_amx(float *c, size_t ldc, View a, const float *b, size_t lanes,
+                     size_t rows, size_t cols, int add)
+{
+    float copy[AMX_ROWS * NR];
+    int edge = rows < AMX_ROWS || cols < NR;
+    float *to = edge ? copy : c;
+    size_t next = edge ? NR : ldc;
+    #define EACH_SUM(DO) DO(0, 0, 0) DO(1, 0, 16) DO(2, 0, 32) DO(3, 16, 0) DO(4, 16, 16) DO(5, 16, 32)
+    #define ZERO(sum, row, col) _tile_zero(sum);
+    #define LOAD(sum, row, col) _tile_loadd(sum, to + row * next + col, 4 * next);
+    #define STORE(sum, row, col) _tile_stored(sum, to + row * next + col, 4 * next);
+    #define LOAD_A(i) _tile_loadd(6, a.at + k * AMX_ROWS + 256 * i, 64);
+    #define LOAD_B(j) _tile_loadd(7, b + k * NR + 16 * j, 4 * NR);
+    for (size_t r = 0; edge && add && r < rows; r++) memcpy(copy + r * NR, c + r * ldc, cols * sizeof(float));
+    AMX_MEMORY(to);
+    if (add) { EACH_SUM(LOAD) } else { EACH_SUM(ZERO) }
+    for (size_t k = 0; k < lanes; k += 16) {
+        LOAD_A(0) LOAD_B(0) _tile_dpbf16ps(0, 6, 7);
+        LOAD_A(1)           _tile_dpbf16ps(3, 6, 7);
+                  LOAD_B(1) _tile_dpbf16ps(4, 6, 7);
+        LOAD_A(0)           _tile_dpbf16ps(1, 6, 7);
+                  LOAD_B(2) _tile_dpbf16ps(2, 6, 7);
+        LOAD_A(1)           _tile_dpbf16ps(5, 6, 7);
+    }
+    EACH_SUM(STORE)
+    AMX_MEMORY(to);
+    for (size_t r = 0; edge && r < rows; r++) memcpy(c + r * ldc, copy + r * NR, cols * sizeof(float));
+}
+
+static const Kernel AMX = { AMX_ROWS, 2, LANES, pack_amx, tile_amx };
+#endif
+#endif
+
+// -----------------------------------------------------------------------------------------------------------
+// Which of them
+
+#if defined(AMX_OF_BF16)
+static int use_amx(void) { return precision == BF16 && amx_begin(); }
+static const Kernel *kernel(void) { return precision == FP32 ? &EVERYWHERE : use_amx() ? &AMX : &PAIRS; }
+#elif defined(PAIRS_OF_BF16)
+static int use_amx(void) { return 0; }
+static const Kernel *kernel(void) { return precision == FP32 ? &EVERYWHERE : &PAIRS; }
+#else
+static int use_amx(void) { return 0; }
+static const Kernel *kernel(void) { return &EVERYWHERE; }
+#endif
+
+static const Sampler *sampler(void)
+{
+#ifdef PAIRS_OF_BF16
+    if (precision == BF16) return &PAIRS_SAMPLER;
+#endif
+    return &LANES_SAMPLER;
+}
+
+// Where the dense product is so much faster, survivors are worth a way of their own later.
+static double sampled_below(void) { return use_amx() ? 0.06 : 0.3; }
+
+// Each thread has its own x^T, x_t_floats(I) of x_t: to read what another core has just written costs more
+// than to transpose it again (measured with two threads). Of dy^T it makes LANES rows at a time, where it
+// needs them. Threads share the entries evenly, but in whole blocks of LANES rows: the block of row o in
+// which a thread's share begins is all its own, and the one in which it ends is the next thread's.
+static void sampled_product(float *dw, const uint32_t *index, size_t n, const float *dy, const float *x,
+                            float *x_t, size_t O, size_t I, size_t N)
+{
+    const Sampler *use = sampler();
+    memset(dw, 0, n * sizeof(float));
+    #pragma omp parallel
+    {
+        size_t id = (size_t)omp_get_thread_num(), threads = (size_t)omp_get_num_threads(), rows;
+        size_t first = n * id / threads, last = n * (id + 1) / threads;
+        size_t o_first = first < n ? index[first] / I / LANES * LANES : O;
+        size_t o_end = last < n ? index[last] / I / LANES * LANES : O;
+        float *own = x_t + id * x_t_floats(I);
+        while (first && index[first - 1] >= o_first * I) first--;
+        for (size_t n0 = 0; n0 < N && o_first < o_end; n0 += rows) {
+            rows = min_size(N - n0, use->steps * SPAN);
+            for (size_t i = 0; i < I; i += LANES)
+                use->transpose(own + i * SPAN, x + n0 * I + i, I, rows, I - i);
+            for (size_t o0 = o_first, end = first; o0 < o_end; o0 += LANES) {
+                vec dy_t[LANES][SPAN / LANES];
+                use->transpose((float *)dy_t, dy + n0 * O + o0, O, rows, O - o0);
+                for (size_t o = o0; o < min_size(O, o0 + LANES); o++) {
+                    size_t k = end;
+                    while (end < n && index[end] < (o + 1) * I) end++;
+                    use->row(dw + k, (float *)dy_t[o - o0], own, index + k, o * I, end - k);
+                }
+            }
+        }
+    }
+}
