@@ -3289,7 +3289,7 @@ static Largest largest_batch(const Run *run, size_t micro)
         b.M = max_size(b.M, min_size(b.N, b.N * eval->longest_answer * eval->examples / eval->tokens));
     }
     if (b.N > UINT32_MAX) die("a batch of %zu tokens is too large; take a smaller --micro", b.N);
-    b.K = run->evals ? 4 * b.N : b.N;  // choices share rows, but each has a copy of the keys
+    b.K = run->evals ? 4 * b.N : b.N;       // four choices may share nearly all rows, but each has its keys
     b.caches = 1;
     if (generation_room) generation_room(&b, run);
     return b;
