@@ -44,14 +44,15 @@
 // dev/wide.h, which the Makefile builds in; generation of text and details of every question are in
 // dev/evaluate.c, other adapters in dev/baselines.c.
 //
-// Letters, the same everywhere but in section 8
+// Letters, the same everywhere but in products
 //      N  rows: all tokens of a batch     T  tokens of one sequence     S  sequences     M  answer rows
 //      R  rows that a layer goes on with after its keys: N, or M in the last layer       K  keys
 //      C  hidden size     F  feed-forward size      L  layers                 V  vocabulary
 //      H  query heads     KV  key/value heads    G = H / KV  heads that share a key      D  size of a head
 //      O, I  rows (outputs) and columns (inputs) of a linear matrix: y (N, O) = x (N, I) W^T
-// A gradient has the name of its variable with a d in front. Gradients of parameters only ever accumulate. A
-// function writes its first arguments, reads the next ones, and takes sizes last.
+// A gradient has the name of its variable with a d in front (only dlogits takes the logits' place). Gradients
+// of parameters only ever accumulate. A function writes its first arguments, reads the next ones, and takes
+// sizes last.
 
 #ifndef PROGRAM             // dev/evaluate.c and dev/baselines.c include this file
 #define PROGRAM "train_rigsa"
@@ -136,9 +137,10 @@ typedef struct {
 //     a b e           4:e                                   0 1 4
 //     x y             5:x 6:y                               5 6
 //
-// Everything but attention sees only the N rows. Attention wants the keys of a sequence side by side: they
-// are copied to its stretch (unless nothing is shared: then rows and keys are the same), and the gradients of
-// the copies are added back. A row may be the answer row of several sequences that go on differently.
+// Everything but attention works on rows: all N, or after the last layer's keys the M answer rows. Attention
+// wants the keys of a sequence side by side: they are copied to its stretch (unless nothing is shared: then
+// rows and keys are the same), and the gradients of the copies are added back. A row may be the answer row of
+// several sequences that go on differently.
 typedef struct {
     size_t S, K;
     Rows all, answer;          // the N rows; the M that predict an answer token
@@ -294,8 +296,8 @@ static View turned(const float *x, size_t width) { return (View){ x, 1, width };
 //
 //     y  (N, O) = x (N, I) W^T       dx (N, I) = dy (N, O) W       dW (O, I) = dy^T x
 //
-// are this one function, and so are attention's. This is what it means. The fast one, in section 8, must
-// equal it.
+// are this one function, but for dW where few entries survive, and so are attention's. This is what it means.
+// The fast one, in section 8, must equal it.
 __attribute__((unused))
 static void matmul_naive(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
 {

@@ -89,7 +89,7 @@ static int by_size(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-// Times up to two jobs by turns, in ROUNDS rounds of ROUND_SECONDS or one call each; less only of calls that take seconds. Before a
+// Times up to two jobs alternately, in ROUNDS rounds of ROUND_SECONDS or one call each; less only of calls that take seconds. Before a
 // job's turn all threads of the other one get the time to fall asleep (OpenBLAS's spin for 26 ms), and its own to find cores of their
 // own: a thread that wakes up may share one with another for 30 ms.
 static void measure(Timing *timing, size_t count)

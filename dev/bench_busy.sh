@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How long a short run of the nano model and the tests take where other programs are at work. Seconds with the
-# number of threads that the program chooses, with one thread, by turns, and the ratio.
+# number of threads that the program chooses, with one thread, alternately, and the ratio.
 #
 #     dev/bench_busy.sh [ROUNDS [FOLDER]]    rounds (3) of the programs in FOLDER (this one, made first)
 set -euo pipefail

@@ -6,6 +6,7 @@
 //
 //     transpose_block    in registers                                                the same bits
 //     matmul_few         few rows of a: b is read where it lies, instead of packed    other last bits in fp32
+//     sampled_product    from transposes in registers                                other last bits
 //     PAIRS              --precision bf16 with AVX-512's bf16 instruction             other last bits in bf16
 //     AMX                --precision bf16 on Intel's matrix registers                 other last bits in bf16
 
