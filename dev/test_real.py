@@ -15,7 +15,6 @@ import csv
 import logging
 import os
 import random
-import struct
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import test_scores
 from export_hf import export
 from hugging_face import load_json
 from import_hf import take_back
-from rigsa_file import data_sections, pack_u32, write_file
+from rigsa_file import data_sections, write_file
 from test_hf import SAME, TOP, difference
 from test_scores import check
 
@@ -146,12 +145,9 @@ def answer(base, folder, tokenizer, question, limit=40):
     """What the C program says to the question, greedily."""
     prompt, data = chat(tokenizer, question), os.path.join(folder, "question.data")
     details = os.path.join(folder, "answer.jsonl")
-    sections = data_sections(len(tokenizer), [(prompt + [0], len(prompt))], column="answer", metric="number")
-    write_file(data, "data", sections + [
-        ("limit", pack_u32([limit])), ("number", struct.pack("<d", 0)),
-        ("end", pack_u32([tokenizer.eos_token_id])), ("stop", b""),
-        ("pieces", b"".join(struct.pack("<I", len(piece)) + piece
-                            for piece in prepro_eval.token_pieces(tokenizer, len(tokenizer))))])
+    write_file(data, "data", data_sections(
+        len(tokenizer), [(prompt + [0], len(prompt))], column="answer", metric="number", limit=limit, number=[0.0],
+        end=[tokenizer.eos_token_id], stop=[], pieces=prepro_eval.token_pieces(tokenizer, len(tokenizer))))
     subprocess.run([*EVALUATE, "--base", base, "--eval", data, "--details", details, "--overwrite"],
                    check=True, stdout=subprocess.DEVNULL)
     line, = prepro_eval.read_lines(details)
