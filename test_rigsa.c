@@ -1596,13 +1596,20 @@ static void test_overfit(void)
     check_most("RIGSA's loss", rig_train(rigsa, 60, 0.03f, 0.1f), 0.8);
 }
 
+// How many arguments there are; the last is followed by NULL.
+static int count_words(char **argv)
+{
+    int n = 0;
+    while (argv[n]) n++;
+    return n;
+}
+
 // What main() does with these arguments, which end with NULL. And does everything learn and decay at its own rate?
 static void whole_run(const void *argument)
 {
     static Run run;
     char **argv = (char **)argument;
-    int argc = 0;
-    while (argv[argc]) argc++;
+    int argc = count_words(argv);
     run_whole(&run, argc, argv);
     for (Tensor *t = run.model.tensors; t < run.model.tensors + run.model.all_tensors; t++) {
         float lr = (float)(t == gates_tensor(&run.model) ? opt.alpha_lr : opt.lr);
@@ -1842,8 +1849,7 @@ static void test_forest(void)
 static void parse(const void *argument)
 {
     char **argv = (char **)argument;
-    int argc = 0;
-    while (argv[argc]) argc++;
+    int argc = count_words(argv);
     parse_options(argc, argv);
     fputs(settings_text(), stdout);
 }
@@ -2189,8 +2195,7 @@ static void evaluation(const void *argument)
 {
     static Run run;
     char **argv = (char **)argument;
-    int argc = 0;
-    while (argv[argc]) argc++;
+    int argc = count_words(argv);
     evaluate_whole(&run, argc, argv);
 }
 

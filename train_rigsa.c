@@ -71,7 +71,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -3471,11 +3470,11 @@ static void run_whole(Run *run, int argc, char **argv)
     draw_example(run);
     if (opt.method == METHOD_EVAL) return;
     size_t n = adapter_entries(model), trained = model->trained;
-    unsigned long long hash = hash64(trained_values(model), trained * sizeof(float));
     if (opt.method == METHOD_RIGSA)
         printf("\nticket: density %.4f, %zu entries, hash %016llx\n",
                (double)n / (double)adapted_weights(model), n, (unsigned long long)ticket_hash(model));
-    else printf("\n%s: %zu values, hash %016llx\n", run->label[run->passes], trained, hash);
+    else printf("\n%s: %zu values, hash %016llx\n", run->label[run->passes], trained,
+                (unsigned long long)hash64(trained_values(model), trained * sizeof(float)));
 }
 
 static void check_output(void)
