@@ -76,7 +76,7 @@ bench: dev/bench_kernels dev/bench_step
 	dev/bench_step --steps 2
 	dev/bench_step --steps 2 --density 0.0346
 
-nano: train_rigsa
+nano: train_baselines
 	bash dev/nano/make_nano.sh
 
 debug: CFLAGS = -O0 -g3 -fsanitize=address,undefined -fno-omit-frame-pointer

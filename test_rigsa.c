@@ -22,7 +22,7 @@ static void step(void) { if (steps_to_death >= 0 && steps_to_death-- == 0) kill(
 #define unlink(path) (step(), unlink(path))
 
 #define TESTING
-#include "dev/evaluate.c"                // which includes train_rigsa.c
+#include "dev/baselines.c"               // which includes dev/evaluate.c, which includes train_rigsa.c
 #include <ftw.h>
 #include <sys/wait.h>
 #ifdef _OPENMP
@@ -148,7 +148,7 @@ enum { MOST_EXAMPLES = 16 };
 static void rig_batch(Run *run, size_t first, size_t end)
 {
     for (size_t e = first; e < end; e++) run->batch.example[e - first] = (uint32_t)e;
-    batch_lay(&run->batch, &run->data, end - first);
+    batch_lay(&run->batch, &run->data, run->batch.example, end - first);
 }
 
 // A run on random examples with a model of random weights. All examples lie in its batch.
@@ -158,7 +158,7 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     Model *model = &run->model;
     Data *data = &run->data;
     uint32_t *length = integers(examples), *answer = integers(examples), *token;
-    *data = (Data){ .V = config.V, .examples = examples, .width = 4, .length = length, .answer = answer };
+    *data = (Data){ .V = config.V, .examples = examples, .length = length, .answer = answer };
     data->offset = allocate(examples, sizeof(size_t));
     for (size_t e = 0; e < examples; e++) {
         length[e] = shape[e].length;
@@ -233,7 +233,7 @@ static Run *rig_adapter(Config config, double density)
 static double rig_loss(Run *run)
 {
     model_forward(&run->model, &run->batch);
-    return head_forward_backward(&run->model, &run->batch, 0, 0) / (double)run->batch.answer.n;
+    return head_forward_backward(&run->model, &run->batch, 0) / (double)run->batch.answer.n;
 }
 
 // What the answer rows (M, width) hold, in the order of the examples: a batch sorts them.
@@ -262,7 +262,7 @@ static double rig_gradient(Run *run, size_t micro)
 {
     uint32_t example[MOST_EXAMPLES];
     for (uint32_t e = 0; e < MOST_EXAMPLES; e++) example[e] = e;
-    opt.micro = (double)micro;
+    opt.micro = micro;
     return loss_and_gradient(run, example, run->data.examples);
 }
 
@@ -897,8 +897,8 @@ static void test_generator(void)
     int zeros = 0;
     for (int i = 0; i < 5; i++) pinned[i] = normal(key, index[i], 0.06f);
     check_same("normal()", pinned, bits, sizeof bits);
-    shuffle(order, 10, random_key(1, STREAM_ORDER, 2, 0));
-    check_same("shuffle()", order, shuffled, sizeof order);
+    visit_order(order, &(Data){ .examples = 10 }, 10, 1, 2);
+    check_same("visit_order()", order, shuffled, sizeof order);
     for (size_t i = 0; i < N; i++) {
         double x = normal(key, i, 1);
         zeros += x == 0;
@@ -1290,7 +1290,7 @@ static struct {
 static void sample_run(Run *run)
 {
     opt.batch = 1, opt.examples = opt.ticket_examples = 3;
-    run->settings = "settings";
+    run->settings = (char *)"settings", settings_folder = (char *)"/";
     run->passes = 2, run->rows = 2, run->updates = 4;
     run->evals = 1;
     run->pruned = allocate(3 * matrices(&run->model), sizeof(Pruned));
@@ -1308,7 +1308,8 @@ static void test_state(void)
         Run *to = i < 2 ? rig_adapter(ODD, i ? 1 : 0.3) : rig_full(ODD, FEW, COUNT_OF(FEW));
         Model *saved = &from->model, *loaded = &to->model;
         size_t n = i < 2 ? adapter_entries(saved) + matrices(saved) : base_weights(saved);
-        opt.method = i < 2 ? METHOD_RIGSA : METHOD_FULL;
+        method.trains_base = i == 2;
+        if (i == 2) saved->value_arena = saved->base_arena, loaded->value_arena = loaded->base_arena;
         sample_run(from);
         sample_run(to);
         saved->init.draw = 3;
@@ -1320,8 +1321,10 @@ static void test_state(void)
         randomize((float *)from->pruned, matrices(saved) * sizeof(Pruned) / 4, 1);
         to->rows = to->updates = 0;
         check("saved", state_save(from, path) == 0);
-        state_load(to, path);
-        trained_load(loaded, path);
+        File file = file_open(path, "stat");
+        state_load(to, &file);
+        trained_load(loaded, &file);
+        file_close(&file);
         if (i < 2) check_same("values", loaded->value_arena, saved->value_arena, n * sizeof(float));
         else check_same("weights", loaded->base_arena, saved->base_arena, n * sizeof(float));
         check_same("first moments", loaded->m_arena, saved->m_arena, n * sizeof(float));
@@ -1334,7 +1337,7 @@ static void test_state(void)
         check("place", to->rows == 2 && to->updates == 4 && !loaded->index_arena == (i != 1));
         if (i == 1) check_same("index", loaded->index_arena, saved->index_arena, adapter_entries(saved) * sizeof(uint32_t));
     }
-    opt.method = METHOD_RIGSA;
+    method.trains_base = 0;
 }
 
 static void sample_write(const char *kind, const char *path)
@@ -1361,8 +1364,9 @@ static void open_file(const void *argument)
     if (!strcmp(opening->kind, "base")) base_load(&model, opening->path);
     if (!strcmp(opening->kind, "tick")) build_table(&model), ticket_load(&model, opening->path);
     if (strcmp(opening->kind, "stat")) return;
-    state_load(sample.run, opening->path);
-    trained_load(&sample.run->model, opening->path);
+    File file = file_open(opening->path, "stat");
+    state_load(sample.run, &file);
+    trained_load(&sample.run->model, &file);
 }
 
 static char *whole_file(const char *path, size_t *length)
@@ -1610,7 +1614,7 @@ static void whole_run(const void *argument)
     static Run run;
     char **argv = (char **)argument;
     int argc = count_words(argv);
-    run_whole(&run, argc, argv);
+    baselines_program(&run, argc, argv);
     for (Tensor *t = run.model.tensors; t < run.model.tensors + run.model.all_tensors; t++) {
         float lr = (float)(t == gates_tensor(&run.model) ? opt.alpha_lr : opt.lr);
         float decay = (float)(t->rows == 1 ? 0 : opt.weight_decay);
@@ -1720,7 +1724,7 @@ static void test_overwritten(void)
 
 static void test_scores(void)
 {
-    static const uint32_t choices[] = { 3, 2, 2 }, gold[] = { 1, 0, 1 }, chars[] = { 1, 10, 2, 2, 4, 5, 5 };
+    static uint32_t choices[] = { 3, 2, 2 }, gold[] = { 1, 0, 1 }, chars[] = { 1, 10, 2, 2, 4, 5, 5 };
     static const Verdict verdict[] = {
         { .logp = -3, .exact = 1 }, { .logp = -5 }, { .logp = -4 },     // the best: 0; per character 1
         { .logp = -2, .exact = 1 }, { .logp = -2 },                     // a tie: 0; per character 1
@@ -1862,16 +1866,14 @@ static void test_options(void)
         { { "", "--lr", "1x" }, "not a number" }, { { "", "--lr", "nan" }, "not a number" },
         { { "", "--lr", "-1" }, "0 to 10" }, { { "", "--keep", "1.5" }, "0 to 1" },
         { { "", "--rounds", "2.5" }, "whole" }, { { "", "--batch", "0" }, "1 to" },
-        { { "", "--method", "lora" }, "rigsa|full|eval" },
+        { { "", "--method", "loro" }, "rigsa|full|eval|lora" },
         { { "", "--survivors", "zer" }, "rewind|keep|redraw" }, { { "", "--seed", "1", "--seed", "2" }, "twice" },
         { { "", "--sigma", "0" }, "sign" }, { { "", "--lr", "0.5", "--weight-decay", "2" }, "erase" },
-        { { "", "--ticket", "t.bin" }, "--method eval" } };
+        { { "", "--data", "a\nb" }, "line break" } };
     static const struct { const char *argv[6], *line; } right[] = {
         { { "" }, "\nseed             1\n" }, { { "", "--lr", "0.02" }, "\nlr               0.02\n" },
-        { { "", "--method", "full" }, "\nlr               0.001\n" },
-        { { "", "--method", "full", "--lr", "1" }, "\nlr               1\n" },
-        { { "", "--eval", "a", "--eval", "b" }, "\neval             a b\n" },
-        { { "", "--batch", "8", "--micro", "12" }, "\nmicro            8\n" }, { { "", "--help" }, "--weight-decay" } };
+        { { "", "--eval", "a", "--eval", "b" }, "\neval             a\neval             b\n" },
+        { { "", "--batch", "8", "--micro", "12" }, "\nmicro            12\n" }, { { "", "--help" }, "--weight-decay" } };
     for (size_t i = 0; i < COUNT_OF(wrong); i++) check_dies("refused", parse, wrong[i].argv, wrong[i].word);
     for (size_t i = 0; i < COUNT_OF(right); i++) {
         int status = child(parse, right[i].argv);
@@ -1907,7 +1909,7 @@ static void test_story(void)
                               .answer = { 1, last, (uint32_t[]){ 0, 1 }, last }, .token = token, .target = &target,
                               .key_start = (uint32_t[]){ 0 }, .key_place = NULL };
         model_forward(&model, &batch);
-        head_forward_backward(&model, &batch, 0, 0);
+        head_forward_backward(&model, &batch, 0);
         token[N] = model.acts.best[0];
         const char *piece = pieces;
         for (uint32_t t = 0; memcpy(&size, piece, 4), t < token[N]; t++) piece += 4 + size;
@@ -1918,6 +1920,8 @@ static void test_story(void)
 
 // ---------------------------------------------------------------------------------------------------------------
 // The number of threads
+
+#ifdef WIDE
 
 // Steps of a machine that works at rate[n] on n threads, in a clock of its own, up to `end`. Returns the
 // share of its time that was lost, beside always using the fastest number.
@@ -1954,6 +1958,7 @@ static void test_thread_number(void)
     use_threads(&still, even, &now, 60);
     check_number("no difference: threads", still.used, 8);
 }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------
 // Logits
@@ -2008,7 +2013,7 @@ static void test_loss(void)
     check_number("nats per token", score.value, 2);                             // (3 + 5) / (1 + 3)
     check_number("standard error", score.error, sqrt(2 * (1 + 1)) / 4);         // 3 - 2, 5 - 6
     for (size_t m = 1; m <= MOST; m += 7) {
-        double loss = 0, tokens = 0, squares = 0;
+        double loss = 0, tokens = 0, sum = 0;
         data.examples = data.questions = m;
         for (size_t e = 0; e < m; e++) {
             answer[e] = (uint32_t)(mix(e) % 5) + 1;
@@ -2018,8 +2023,8 @@ static void test_loss(void)
             tokens += (double)(length[e] - answer[e]) / (double)m;
         }
         for (size_t e = 0; e < m; e++)
-            squares += pow(-verdict[e].logp - loss / tokens * (double)(length[e] - answer[e]), 2);
-        double deviation = m > 1 ? sqrt(squares / (double)(m - 1)) : 0;
+            sum += pow(-verdict[e].logp - loss / tokens * (double)(length[e] - answer[e]), 2);
+        double deviation = m > 1 ? sqrt(sum / (double)(m - 1)) : 0;
         score = score_verdicts(verdict, &data);
         check_most("nats per token", fabs(score.value / (loss / tokens) - 1), 1e-14);
         check_most("standard error", fabs(score.error - deviation / sqrt((double)m) / tokens), 1e-14);
@@ -2104,7 +2109,7 @@ static size_t say_naive(Run *run, const Generation *g, size_t e, uint32_t *out)
 {
     uint32_t prompt = run->data.answer[e], token[64];
     char text[64];
-    for (uint32_t t = 0; t < prompt; t++) token[t] = data_token(&run->data, e, t);
+    for (uint32_t t = 0; t < prompt; t++) token[t] = tokens_of(&run->data, e)[t];
     for (uint32_t n = 0; ; ) {
         lay_alone(&run->batch, token, prompt + n);
         rig_loss(run);
@@ -2196,7 +2201,7 @@ static void evaluation(const void *argument)
     static Run run;
     char **argv = (char **)argument;
     int argc = count_words(argv);
-    evaluate_whole(&run, argc, argv);
+    evaluate_program(&run, argc, argv);
 }
 
 // From the file to the details, and what is wrong with such files. The trainer itself refuses them.
@@ -2218,6 +2223,7 @@ static void test_generation_file(void)
         .C = 6, .F = 7, .L = 2, .H = 2, .KV = 1, .D = 4, .V = 5, .tied = 1, .theta = 1e4f, .eps = 1e-5f };
     Run *run = sample.run = rig_make(two_layers, LONG, 1);
     sample_write("base", base);
+    sample.metric = "exact";
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
         file_write(path, "data", (Section[]){
             { "vocab", vocab, 8 }, { "length", length, 8 }, { "answer", answer, 8 },
@@ -2229,7 +2235,9 @@ static void test_generation_file(void)
         int status = child(evaluation, argv);
         record(status == 0 && strstr(said, "\nbase "), "exit status %d, said: %s", status, said);
         check_dies("details that are there", evaluation, argv, "--overwrite");
-        const char *trainer[] = { "", "--base", base, "--eval", path, "--method", "eval", NULL };
+        char *data = in_folder("data.bin");
+        sample_write("data", data);
+        const char *trainer[] = { "", "--base", base, "--data", data, "--eval", path, NULL };
         check_dies("generation in the trainer", whole_run, trainer, "evaluate_rigsa");
         char line[512], expected[128];
         FILE *f = fopen(details, "r");
@@ -2293,7 +2301,9 @@ static void test_details(void)
     run->model.init.rest = 1;
     ticket_save(&run->model, ticket, "");
     argv[7] = "--overwrite", argv[8] = NULL;
+    resting = NULL;                                         // without dev/baselines.c
     check("a ticket of --rest init", child(evaluation, argv) == 1 && strstr(said, "train_baselines"));
+    resting = &RESTING;
     const char *training[] = { "", "--rounds", "3", NULL };
     check_dies("an option of training", evaluation, training, "--rounds");
     status = child(evaluation, (const char *[]){ "", "--help", NULL });
@@ -2323,7 +2333,9 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "examples learnt by heart", test_overfit }, { "whole runs", test_whole_runs },
     { "overwritten runs", test_overwritten }, { "scores", test_scores },
     { "verdicts", test_judge }, { "a batch is a forest", test_forest },
+#ifdef WIDE
     { "number of threads", test_thread_number },
+#endif
     { "options", test_options }, { "a story", test_story },
     { "the metric loss", test_loss }, { "a past", test_past }, { "generation", test_generation }, { "text", test_text },
     { "generation from a file", test_generation_file }, { "details", test_details } };

@@ -20,8 +20,8 @@
 //
 // How to read it. Part I is what you came for: the method, the transformer forward and backward, the
 // optimizer, training and scoring. It uses a handful of functions of Part II, whose names say what they do.
-// Part II is housekeeping: files, memory, options, progress. Whoever stops at its banner has seen all of
-// RIGSA.
+// Part II is how a product keeps the machine busy, and housekeeping: files, memory, options, progress.
+// Whoever stops at its banner has seen all of RIGSA.
 //
 //     Part I   1  Nouns          Config, Tensor, Batch, Layer, Adapter, Model
 //              2  RIGSA          the generator, the weight, its gradient, pruning, rewinding
@@ -30,19 +30,19 @@
 //              5  AdamW          with decoupled weight decay, and the schedule
 //              6  Training       a batch, a pass, the rounds
 //              7  Scoring        exact match, multiple choice, loss
-//              8  Products       the exponential, the fast matmul, and the one that computes only survivors
-//     Part II  9  Utilities      errors, memory, time, the hash
+//     Part II  8  Products       the fast matmul, and the one that computes only survivors
+//              9  Utilities      errors, memory, time, the hash
 //             10  Files          reading and writing models, data and tickets
 //             11  Memory         the table of tensors, the arenas, the plan
 //             12  Options        one table
-//             13  Runs           threads, progress, results, the saved state, main
+//             13  Runs           progress, results, the saved state, the plan, main
 //
 // What this file will not do: run on a GPU, use fast-math (a NaN must stay an alarm), or be a framework.
 // There is no graph and no autograd: the backward pass is written by hand, each gradient line beside the
 // formula that it implements. The derivations are in doc/backward.md, the method and its open questions in
-// doc/rigsa.md, file layouts in doc/model.md. What only makes products faster on some processors is in
-// dev/wide.h, which the Makefile builds in; generation of text and details of every question are in
-// dev/evaluate.c, other adapters in dev/baselines.c.
+// doc/rigsa.md, file layouts in doc/model.md. What only makes it faster, on some processors or on a
+// busy machine, is in dev/wide.h, which the Makefile builds in. dev/evaluate.c reads a ticket back, scores and
+// generates; dev/baselines.c trains other adapters, and whole models.
 //
 // Letters, the same everywhere but in products
 //      N  rows: all tokens of a batch     T  tokens of one sequence     S  sequences     M  answer rows
@@ -54,8 +54,9 @@
 // of parameters only ever accumulate. A function writes its first arguments, reads the next ones, and takes
 // sizes last.
 
-#ifndef PROGRAM             // dev/evaluate.c and dev/baselines.c include this file
+#ifndef PROGRAM             // dev/evaluate.c includes this file, and has a name and a main of its own
 #define PROGRAM "train_rigsa"
+#define STANDALONE
 #endif
 #define _GNU_SOURCE
 #include <assert.h>
@@ -275,6 +276,7 @@ static size_t values_in(const Tensor *first, const Tensor *end);        // store
 static size_t adapter_entries(Model *model);                            // stored in all DeltaW
 static void free_moments(Model *model);
 static void trained_arenas(Model *model, Tensor *first, Tensor *end);   // gradients and moments, zeroed
+static double seconds(void);
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
@@ -440,9 +442,6 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
 }
 
 static const Adapter RIGSA = { rigsa_weight, rigsa_gradient };
-static const Adapter *resting;          // dev/baselines.c: where pruned entries rest at their initial values
-
-static Adapter gated_adapter(const Model *model) { return model->init.rest ? *resting : RIGSA; }
 
 // The plain adapter: W = W0. The gradient of the weight itself, where it is trained (`--method full`): dW0 +=
 // dy^T x.
@@ -665,6 +664,33 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
     }
 }
 
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial (with the coefficients of Cephes'
+// expf) times a power of two. Within 2 ulp of the true value; 0 below -87, infinity above 88.72, and NaN
+// stays NaN. Unlike libm's it has no branch and no call, so the loops around it become vector code. Out of
+// its range it computes nonsense, and only then chooses.
+
+static inline float exponential(float x)
+{
+    // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+    const union { float f; uint32_t i; } magic = { 12582912.0f };
+    union { float f; uint32_t i; } rounded = { x * 1.44269504f + magic.f }, low, high;
+    float n = rounded.f - magic.f;
+    float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t whole = (int32_t)(rounded.i - magic.i), half = whole >> 1;
+    // 2^n in two factors: each is a normal number, even where 2^n is not
+    low.i = (uint32_t)(half + 127) << 23;
+    high.i = (uint32_t)(whole - half + 127) << 23;
+    float y = x < -87.0f ? 0.0f : p * low.f * high.f;
+    return x > 88.7228f ? INFINITY : y;
+}
+
 // Causal attention with grouped queries: head h of q (R, H, D) reads head h / G of k and v (K, KV, D). A row
 // of `query` sees the keys of its own sequence, from key_start[s] up to its own position. About QUERIES
 // queries at a time, the G heads of some rows one above the other, meet all keys that they may see: memory
@@ -720,8 +746,6 @@ static float maximum(const float *x, size_t n)
     for (int i = 0; i < LANES; i++) highest = lane[i] > highest ? lane[i] : highest;
     return highest;
 }
-
-static inline float exponential(float x);                              // section 8
 
 static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v,
                               const Attention *a)
@@ -817,7 +841,8 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
 }
 
 // A thread's share of n elements, in whole vectors: a loop's scalar rest may fuse its products differently,
-// and which elements are that rest must not depend on the number of threads.
+// and which elements are that rest must not depend on the number of threads. (Where there is one product an
+// element, as in rigsa_weight, there is one way.)
 static size_t share_of(size_t n) { return round_up(n / (size_t)omp_get_max_threads() + 1, 64); }
 
 // h = silu(gate) * up, all (n), with silu(g) = g sigmoid(g).
@@ -996,11 +1021,11 @@ static void model_forward(Model *model, const Batch *batch)
 
 // Final norm, logits and loss, HEAD_ROWS answer rows at a time: with a vocabulary of 49,152 the logits of
 // long answers would be larger than everything else. Fills acts.logp and acts.best and returns -sum(logp).
-// When `training`, the loss counts `weight` times that, and its gradient goes straight back through the head
+// The loss counts `weight` times that, and unless that is 0 its gradient goes straight back through the head
 // and the final norm, into acts.dx (M, C).
 enum { HEAD_ROWS = 512 };
 
-static double head_forward_backward(Model *model, const Batch *batch, int training, float weight)
+static double head_forward_backward(Model *model, const Batch *batch, float weight)
 {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
@@ -1013,12 +1038,12 @@ static double head_forward_backward(Model *model, const Batch *batch, int traini
         float *xf = acts->xf + i * C, *dlogits = acts->logits;          // in the logits' place
         matmul(acts->logits, V, view(xf, C), turned(head->value, C), rows, V, C, 0);    // logits = xf E^T
         crossentropy_forward(acts->logp + i, acts->best + i, acts->logits, batch->target + i, rows, V);
-        if (!training) continue;
+        if (weight == 0) continue;
         crossentropy_backward(acts->logits, acts->logp + i, batch->target + i, weight, rows, V);
         matmul(acts->dxf + i * C, C, view(dlogits, V), view(head->value, C), rows, C, V, 0);
         if (head->grad) matmul(head->grad, C, turned(dlogits, V), view(xf, C), V, C, rows, 1);
     }
-    if (training) {
+    if (weight > 0) {
         memset(acts->dx, 0, M * C * sizeof(float));
         rmsnorm_backward(acts->dx, norm->grad, acts->dxf, x, norm->value, acts->rstd, M, C);
     }
@@ -1170,40 +1195,31 @@ static float schedule(size_t t, size_t updates, double warmup, double cooldown)
 // -----------------------------------------------------------------------------------------------------------
 // 6. Training
 
-// Examples, or an evaluation set: tokens, and where the answer starts (doc/model.md). All of it is held in
-// memory.
+// Examples, or an evaluation set (doc/model.md), all of it in memory.
 typedef struct {
     const char *path;
     uint64_t hash;                      // of the file
-    size_t held;                        // bytes
     uint32_t V;
     size_t examples, tokens, longest, longest_answer;
-    uint32_t width;                     // bytes per token: 1, 2 or 4
-    const void *token;                  // (tokens)
-    const uint32_t *length, *answer;    // (examples)
-    size_t *offset;                     // (examples) of the first token
-    const uint32_t *glyphs;             // (glyph_count, 2) token and character, to draw an example as text
+    uint32_t *token;                    // (tokens)
+    uint32_t *length, *answer;          // (examples) its tokens, and the first one of its answer
+    size_t *offset;                     // (examples) of its first token
+    uint32_t *glyphs;                   // (glyph_count, 2) token and character, to draw an example as text
     size_t glyph_count;
     char column[128];                   // evaluations: its name in every table; empty for training examples
-    enum { EXACT, ACC, ACC_NORM, LOSS, NUMBER } metric;
+    enum { EXACT, ACC, ACC_NORM, LOSS, NUMBER } metric;                 // NUMBER: dev/evaluate.c
     size_t questions;                   // multiple choice: consecutive examples are the choices of a question
-    const uint32_t *choices, *gold;     // (questions)
-    const uint32_t *chars;              // (examples) characters of the choice
+    uint32_t *choices, *gold;           // (questions)
+    uint32_t *chars;                    // (examples) characters of the choice
 } Data;
 
-static uint32_t data_token(const Data *data, size_t e, size_t t)
-{
-    size_t i = data->offset[e] + t;
-    if (data->width == 1) return ((const uint8_t *)data->token)[i];
-    if (data->width == 2) return ((const uint16_t *)data->token)[i];
-    return ((const uint32_t *)data->token)[i];
-}
+static const uint32_t *tokens_of(const Data *data, size_t e) { return data->token + data->offset[e]; }
 
 // How many tokens examples a and b begin with together.
 static size_t common_prefix(const Data *data, size_t a, size_t b)
 {
     size_t t = 0, most = min_size(data->length[a], data->length[b]);
-    while (t < most && data_token(data, a, t) == data_token(data, b, t)) t++;
+    while (t < most && tokens_of(data, a)[t] == tokens_of(data, b)[t]) t++;
     return t;
 }
 
@@ -1211,7 +1227,7 @@ static int comes_before(const Data *data, size_t a, size_t b)
 {
     size_t t = common_prefix(data, a, b);
     if (t == data->length[a] || t == data->length[b]) return data->length[a] < data->length[b];
-    return data_token(data, a, t) < data_token(data, b, t);
+    return tokens_of(data, a)[t] < tokens_of(data, b)[t];
 }
 
 static uint32_t batch_row(Batch *batch, uint32_t token, uint32_t position)
@@ -1229,26 +1245,27 @@ static void batch_answer(Batch *batch, uint32_t row, uint32_t position, uint32_t
     batch->target[batch->answer.n++] = target;
 }
 
-// Lays the n examples that batch->example names out as a forest, and sorts their names.
-static void batch_lay(Batch *batch, const Data *data, size_t n)
+// Lays n examples out as a forest. (`example` may be batch->example.)
+static void batch_lay(Batch *batch, const Data *data, const uint32_t *example, size_t n)
 {
-    uint32_t *example = batch->example;
-    for (size_t i = 1; i < n; i++)                          // insertion sort
-        for (size_t j = i; j > 0 && comes_before(data, example[j], example[j - 1]); j--) {
-            uint32_t other = example[j];
-            example[j] = example[j - 1];
-            example[j - 1] = other;
-        }
     batch->all.n = batch->answer.n = batch->K = 0;
+    for (size_t i = 0; i < n; i++) {                        // insertion sort
+        size_t j = i;
+        uint32_t e = example[i];
+        for (; j > 0 && comes_before(data, e, batch->example[j - 1]); j--)
+            batch->example[j] = batch->example[j - 1];
+        batch->example[j] = e;
+    }
     for (batch->S = 0; batch->S < n; batch->S++) {
-        const size_t s = batch->S, e = example[s], shared = s ? common_prefix(data, e, example[s - 1]) : 0;
+        const size_t s = batch->S, e = batch->example[s];
+        const size_t shared = s ? common_prefix(data, e, batch->example[s - 1]) : 0;
         const uint32_t *before = s ? batch->key_row + batch->key_start[s - 1] : NULL;
         uint32_t *row = batch->key_row + batch->K;          // of this sequence's tokens
         batch->all.start[s] = (uint32_t)batch->all.n;
         batch->answer.start[s] = (uint32_t)batch->answer.n;
         batch->key_start[s] = (uint32_t)batch->K;
         for (uint32_t t = 0; t < data->length[e]; t++) {
-            uint32_t token = data_token(data, e, t);
+            uint32_t token = tokens_of(data, e)[t];
             if (t >= data->answer[e]) batch_answer(batch, row[t - 1], t - 1, token);
             row[t] = t < shared ? before[t] : batch_row(batch, token, t);
         }
@@ -1260,13 +1277,12 @@ static void batch_lay(Batch *batch, const Data *data, size_t n)
 
 // What the user may set: section 12 has a line on each.
 enum { MAX_EVALS = 128 };
-enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL };
 
 typedef struct {
-    char *base, *data, *evals[MAX_EVALS + 1], *out, *ticket;
-    int method, survivors, threshold, precision, recompute, resume, overwrite;
-    double examples, ticket_examples, rounds, batch, micro, seed;
+    char *base, *data, *evals[MAX_EVALS + 1], *out;
+    size_t examples, ticket_examples, rounds, batch, micro, seed;
     double lr, alpha_lr, sigma, weight_decay, keep, warmup, cooldown, save_every;
+    int survivors, threshold, recompute, resume, overwrite;
 } Options;
 
 static Options opt;
@@ -1277,29 +1293,19 @@ typedef struct { double value, error; } Score;
 // What the model makes of one example.
 typedef struct { double logp; int exact; uint32_t said; } Verdict;     // said: its first answer token
 
-// One row of the paper's table: of the base, or of a pass.
+// One row of the paper's table: of the base, or of a pass. NAN: there is no such number.
 typedef struct {
-    // of the entries trained; kept and flipped are NAN where nothing was pruned
-    double density, kept, flipped;
+    double density, kept, flipped;      // of all entries those trained; of these, what a round's pruning did
     double seconds;                     // since the start
 } Row;
 
 typedef struct {
-    int most, used, other, up, settled; // threads; whether `other` is more, and `used` has won a trial
-    enum { BEFORE, TRIAL, AFTER } window;
-    double began, due;                  // this window, and the earliest time of the next trial
-    double work[2], time[2];            // operations and seconds as usual, and on trial
-} Threads;
-
-typedef struct {
     Model model;
     Data data, eval[MAX_EVALS];
-    size_t evals, passes;
-    Threads threads;
-    char (*label)[24];                  // (passes + 1) "base", "1", "2", ...; the last "ticket" or the method
+    size_t evals, passes;               // the rounds, and the ticket's
     Batch batch;
-    Verdict *verdict;                   // of the largest evaluation set
-    Row *row;                           // (passes + 1) the base, then one per pass
+    Verdict *verdict;                   // (examples of the largest evaluation set)
+    Row *row;                           // (passes + 1) the base's, then one per pass
     Score *score;                       // (passes + 1, evals)
     Pruned *pruned;                     // (passes, matrices)
     size_t rows;                        // that there are: the next pass
@@ -1308,176 +1314,168 @@ typedef struct {
     uint64_t warm;                      // updates that dev/baselines.c made before a pass
     uint32_t *order;                    // (examples of the longest pass, and an epoch more) of a pass
     uint64_t hash[2 + MAX_EVALS];       // of the base's weights, the data, the evaluation sets
-    double start, saved, shown;         // seconds
-    double work, done;                  // operations of the whole run, and so far
-    size_t computed;                    // rows of training so far
-    int terminal, forecast;
-    char *settings, *options;           // for the reader, one `name value` a line; to go on with
-    size_t options_size;
+    char *settings;                     // one `name value` a line
 } Run;
 
-// What dev/baselines.c does before the plan, once the base is read, before a pass and after the last one.
-static void (*prepare_more)(Run *run), (*start_more)(Run *run), (*pass_more)(Run *run, size_t pass);
-static void (*finish_more)(Run *run);
-static size_t (*count_more)(Model *model);                          // how many values it trains
+// A method says what a run trains, and what becomes of it. Here is RIGSA's; dev/baselines.c has others.
+typedef struct {
+    const char *name;                                   // its last pass has it in every table
+    void (*prepare)(Run *run);                          // before memory is planned: passes, rows of the table
+    void (*start)(Run *run);                            // the base is read: what is trained, at its start
+    void (*begin_pass)(Run *run, size_t pass);          // or NULL
+    void (*end_pass)(Run *run, size_t pass, Row *row);  // or NULL
+    void (*finish)(Run *run);                           // writes what was trained
+    int trains_base;                                    // the base's weights themselves
+} Method;
+
+static Method method;
 
 // What training and scoring use of Part II.
-typedef struct { const char *what; size_t done, of, tokens; double density, loss, began; } Pace;  // of a pass
-static double seconds(void);
-static size_t adapted_weights(const Model *model);          // of the matrices that are adapted
-static void adapter_alloc(Model *model);                    // a dense adapter at its initial values
-static void begin_training(Run *run);
-static void after_update(Run *run, Pace *pace, size_t rows);// progress, threads, saving, stopping
-static void after_scores(Run *run, const Data *data, size_t done, size_t rows);
-static const char *broken_tensor(Run *run, char text[64]);  // what is not finite
-static Row *add_row(Run *run, double density);              // scores the model as it is
-static void clear_line(const Run *run);
-static void report_pruning(Row *row, const Pruned *pruned, size_t count);
+static double trained_density(Model *model);            // the share of the matrices' entries that is trained
+static void after_update(Run *run, size_t pass, size_t t, size_t tokens);   // progress, saving, stopping
+static void after_scores(Run *run, const Data *data, size_t done, size_t tokens);
+static Row *add_row(Run *run);                          // scores the model as it is
 static void print_row(const Run *run, const Row *row);
 static int save(Run *run);
-static void end_training(Run *run);
-
-// What is trained, and how fast: every weight (how a base is made, and what forgetting looks like), or DeltaW
-// and the gates.
-static void prepare_training(Model *model)
-{
-    int full = opt.method == METHOD_FULL;
-    model->init = (Init){ (uint64_t)opt.seed, 0, model->init.rest, (float)opt.sigma };
-    if (full) trained_arenas(model, model->tensors, model->tensors + model->base_tensors);
-    else adapter_alloc(model);
-    for (Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) {
-        t->lr = (float)(t == gates_tensor(model) ? opt.alpha_lr : opt.lr);
-        t->decay = t->rows > 1 ? (float)opt.weight_decay : 0;
-    }
-}
+static void adapter_alloc(Model *model);                // a dense adapter at its initial values
+static void rigsa_finish(Run *run);
+static const char *label(const Run *run, size_t pass);  // "base", "1", "2", ..., "ticket"
 
 static size_t pass_examples(const Run *run, size_t pass)
 {
-    return (size_t)(opt.method != METHOD_FULL && pass == run->passes ? opt.ticket_examples : opt.examples);
+    return pass == run->passes ? opt.ticket_examples : opt.examples;
 }
 
 // The updates of all passes before this one.
 static size_t updates_before(const Run *run, size_t pass)
 {
-    size_t n = 0, batch = (size_t)opt.batch;
-    for (size_t p = 1; p < pass; p++) n += (pass_examples(run, p) + batch - 1) / batch;
+    size_t n = 0;
+    for (size_t p = 1; p < pass; p++) n += (pass_examples(run, p) + opt.batch - 1) / opt.batch;
     return n;
 }
 
-// order = a permutation of 0..n-1 (Fisher and Yates).
-static void shuffle(uint32_t *order, size_t n, uint64_t key)
+// order = the examples of one pass: whole permutations of the data (Fisher and Yates), a fresh one each time
+// round, until there are `count`.
+static void visit_order(uint32_t *order, const Data *data, size_t count, uint64_t seed, size_t pass)
 {
-    for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
-    for (size_t i = n; i > 1; i--) {
-        size_t j = (size_t)((mix(key + i * GOLDEN) >> 32) * i >> 32);     // 0..i-1
-        uint32_t swap = order[i - 1];
-        order[i - 1] = order[j];
-        order[j] = swap;
+    const size_t n = data->examples;
+    for (size_t at = 0, epoch = 0; at < count; at += n, order += n, epoch++) {
+        uint64_t key = random_key(seed, STREAM_ORDER, pass, epoch);
+        for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
+        for (size_t i = n; i > 1; i--) {
+            size_t j = (mix(key + i * GOLDEN) >> 32) * i >> 32;         // 0..i-1
+            uint32_t swap = order[i - 1];
+            order[i - 1] = order[j];
+            order[j] = swap;
+        }
     }
 }
 
-// order = the examples of one pass: whole permutations of the data, a fresh one each time round, until there
-// are `count`.
-static void visit_order(uint32_t *order, const Data *data, size_t count, uint64_t seed, size_t pass)
-{
-    for (size_t at = 0, epoch = 0; at < count; at += data->examples, epoch++)
-        shuffle(order + at, data->examples, random_key(seed, STREAM_ORDER, pass, epoch));
-}
-
 // Gradients of the mean loss over the answer tokens of `count` examples, added up over forward passes of
-// `micro` examples.
+// opt.micro examples. Returns that loss.
 static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
 {
     const Data *data = &run->data;
-    size_t answers = 0;
+    size_t answers = 0, micro = opt.micro ? opt.micro : count;
     double loss = 0;
     for (size_t i = 0; i < count; i++) answers += data->length[example[i]] - data->answer[example[i]];
     model_zero_grad(&run->model);
-    for (size_t i = 0; i < count; ) {
-        size_t n = min_size(count - i, (size_t)opt.micro);
-        memcpy(run->batch.example, example + i, n * sizeof *example);
-        batch_lay(&run->batch, data, n);
-        i += n;
-        run->computed += run->batch.all.n;
+    for (size_t i = 0; i < count; i += micro) {
+        batch_lay(&run->batch, data, example + i, min_size(count - i, micro));
         model_forward(&run->model, &run->batch);
-        loss += head_forward_backward(&run->model, &run->batch, 1, 1.0f / (float)answers);
-        if (!isfinite(loss)) break;  // the activations stay as they are, for broken_tensor
+        loss += head_forward_backward(&run->model, &run->batch, 1.0f / (float)answers);
         model_backward(&run->model, &run->batch);
     }
     return loss / (double)answers;
 }
 
-// Update t of `all`, on `count` examples; returns the loss.
-static double update(Run *run, const char *label, size_t t, size_t all, const uint32_t *example, size_t count)
+// Update t of a pass, on `count` examples. Returns the loss.
+static double update(Run *run, size_t pass, size_t t, const uint32_t *example, size_t count)
 {
-    char text[64];
+    size_t updates = updates_before(run, pass + 1) - updates_before(run, pass);
     double loss = loss_and_gradient(run, example, count);
-    if (!isfinite(loss) || !model_update(&run->model, t, schedule(t, all, opt.warmup, opt.cooldown)))
-        die("%s, update %zu: %s is not finite. %s. %s/state.bin is as it was saved before", label, t,
-            broken_tensor(run, text), run->updates
+    if (!isfinite(loss) || !model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown)))
+        die("%s, update %zu: the %s is not finite. %s. %s/state.bin is as it was saved before",
+            label(run, pass), t, isfinite(loss) ? "gradient" : "loss", run->updates
             ? "The steps were too large: start again with a smaller --lr or --alpha-lr"
             : "Nothing is trained yet: the base has weights too large for these examples", opt.out);
     return loss;
 }
 
 // One pass, or what is left of it.
-static void train_pass(Run *run, size_t pass, double density)
+static void train_pass(Run *run, size_t pass)
 {
-    const size_t batch = (size_t)opt.batch, count = pass_examples(run, pass);
-    const size_t before = updates_before(run, pass), updates = updates_before(run, pass + 1) - before;
-    Pace pace = { .what = run->label[pass], .of = updates, .density = density, .loss = -1,
-                  .began = seconds() };
+    const size_t count = pass_examples(run, pass), before = updates_before(run, pass);
     visit_order(run->order, &run->data, count, run->model.init.seed, pass);
-    for (size_t t = run->updates - before + 1; t <= updates; t++) {
-        size_t first = (t - 1) * batch, size = min_size(batch, count - first), computed = run->computed;
-        double loss = update(run, pace.what, t, updates, run->order + first, size);
-        run->loss[run->updates++] = loss;
-        for (size_t i = first; i < first + size; i++) pace.tokens += run->data.length[run->order[i]];
-        pace.loss = t == 1 || pace.loss < 0 ? loss : 0.95 * pace.loss + 0.05 * loss;
-        pace.done = t;
-        after_update(run, &pace, run->computed - computed);
+    for (size_t at; (at = (run->updates - before) * opt.batch) < count; ) {
+        const uint32_t *example = run->order + at;
+        size_t n = min_size(opt.batch, count - at), t = run->updates - before + 1, tokens = 0;
+        run->loss[run->updates] = update(run, pass, t, example, n);
+        run->updates++;
+        for (size_t i = 0; i < n; i++) tokens += run->data.length[example[i]];
+        after_update(run, pass, t, tokens);
     }
 }
 
-// All passes: the rounds, each with its pruning, then the ticket's (or the only one of another method).
+// All passes that are left: of RIGSA the rounds, each with its pruning, then the ticket's.
 static void train(Run *run)
 {
-    Model *model = &run->model;
-    int other = opt.method > METHOD_EVAL;                   // one of dev/baselines.c
-    begin_training(run);                                    // from the start, or from where a saved run was
     for (size_t pass = run->rows; pass <= run->passes; pass++) {
-        if (other) pass_more(run, pass);
-        size_t n = other ? count_more(model) : adapter_entries(model);
-        double density = (double)n / (double)adapted_weights(model);
-        train_pass(run, pass, density);
-        Row *row = add_row(run, opt.method == METHOD_FULL ? NAN : density);
-        if (opt.method == METHOD_RIGSA && pass < run->passes) {
-            Pruned *pruned = run->pruned + (pass - 1) * matrices(model);
-            prune(model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
-            report_pruning(row, pruned, matrices(model));
-        }
+        if (method.begin_pass) method.begin_pass(run, pass);
+        train_pass(run, pass);
+        Row *row = add_row(run);
+        if (method.end_pass) method.end_pass(run, pass, row);
         print_row(run, row);
         save(run);
     }
-    end_training(run);
 }
+
+static void rigsa_prepare(Run *run) { run->passes = opt.rounds + 1; }
+
+static void rigsa_start(Run *run)
+{
+    Model *model = &run->model;
+    model->init = (Init){ opt.seed, 0, model->init.rest, (float)opt.sigma };
+    adapter_alloc(model);
+    for (Tensor *t = delta_tensor(model, 0); t <= gates_tensor(model); t++) {
+        t->lr = (float)(t == gates_tensor(model) ? opt.alpha_lr : opt.lr);
+        t->decay = (float)(t == gates_tensor(model) ? 0 : opt.weight_decay);
+    }
+}
+
+static void rigsa_end_pass(Run *run, size_t pass, Row *row)
+{
+    Pruned *pruned = run->pruned + (pass - 1) * matrices(&run->model);
+    if (pass == run->passes) return;
+    prune(&run->model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
+    Pruned all = { 0 };
+    for (size_t a = 0; a < matrices(&run->model); a++) {
+        all.entries += pruned[a].entries;
+        all.flipped += pruned[a].flipped;
+        all.survivors += pruned[a].survivors;
+    }
+    row->kept = (double)all.survivors / (double)max_size(all.entries, 1);
+    row->flipped = (double)all.flipped / (double)max_size(all.entries, 1);
+}
+
+static Method method = { "ticket", rigsa_prepare, rigsa_start, NULL, rigsa_end_pass, rigsa_finish, 0 };
 
 // -----------------------------------------------------------------------------------------------------------
 // 7. Scoring
 
 // Lays out the examples from `first` on, as many as surely fit into one batch; returns how many. That each
 // shares with the one before it in the file is a lower bound of what a forest shares.
-static size_t batch_fill(Batch *batch, const Data *data, size_t first, size_t N, size_t M, size_t K)
+static size_t batch_fill(Batch *batch, const Data *data, size_t first, const Activations *acts)
 {
     size_t n = 0, rows = 0, answers = 0, keys = 0;
-    for (size_t e = first; e < data->examples; e++, n++) {
+    for (size_t e = first; e < data->examples; e++) {
         rows += data->length[e] - (n ? common_prefix(data, e, e - 1) : 0);
         answers += data->length[e] - data->answer[e];
         keys += data->length[e];
-        if (rows > N || answers > M || keys > K) break;
-        batch->example[n] = (uint32_t)e;
+        if (rows > acts->N || answers > acts->M || keys > acts->K) break;
+        batch->example[n++] = (uint32_t)e;
     }
-    batch_lay(batch, data, n);
+    batch_lay(batch, data, batch->example, n);
     return n;
 }
 
@@ -1485,9 +1483,9 @@ static size_t batch_fill(Batch *batch, const Data *data, size_t first, size_t N,
 static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *data, size_t first)
 {
     const Activations *acts = &model->acts;
-    size_t n = batch_fill(batch, data, first, acts->N, acts->M, acts->K);
+    size_t n = batch_fill(batch, data, first, acts);
     model_forward(model, batch);
-    head_forward_backward(model, batch, 0, 0);
+    head_forward_backward(model, batch, 0);
     for (size_t s = 0; s < n; s++) {
         size_t e = batch->example[s], i = batch->answer.start[s];
         verdict[e] = (Verdict){ 0, 1, acts->best[i] };
@@ -1502,8 +1500,8 @@ static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *da
 }
 
 // The loss is a ratio of sums, r = sum_e loss_e / sum_e n_e over m documents with n_e answer tokens. Its
-// error is that of the mean of loss_e - r n_e, by the mean of n_e:     sqrt(m / (m - 1) sum_e (loss_e - r
-// n_e)^2) / sum_e n_e
+// error is that of the mean of loss_e - r n_e, by the mean of n_e:
+//     sqrt(m / (m - 1) sum_e (loss_e - r n_e)^2) / sum_e n_e
 static Score score_loss(const Verdict *verdict, const Data *data)
 {
     double loss = 0, tokens = 0, squares = 0, m = (double)data->examples;
@@ -1518,6 +1516,7 @@ static Score score_loss(const Verdict *verdict, const Data *data)
     return (Score){ loss / tokens, sqrt(m / fmax(m - 1, 1) * squares) / tokens };
 }
 
+// The share of right answers. Its error is a sample's, as in lm-evaluation-harness: with n - 1.
 static Score score_verdicts(const Verdict *verdict, const Data *data)
 {
     size_t right = 0;
@@ -1534,63 +1533,24 @@ static Score score_verdicts(const Verdict *verdict, const Data *data)
         }
         right += best == data->gold[i];
     }
-    // its error is a sample's, as in lm-evaluation-harness: with n - 1
     double p = (double)right / (double)data->questions;
     return (Score){ p, sqrt(p * (1 - p) / (double)max_size(data->questions - 1, 1)) };
 }
 
 static Score evaluate(Run *run, const Data *data)
 {
-    for (size_t e = 0; e < data->examples; ) {
-        e += judge(&run->model, run->verdict, &run->batch, data, e);
-        after_scores(run, data, e, run->batch.all.n);
+    for (size_t e = 0, n; e < data->examples; e += n) {
+        n = judge(&run->model, run->verdict, &run->batch, data, e);
+        after_scores(run, data, e + n, run->batch.K);
     }
     return score_verdicts(run->verdict, data);
 }
 
-// Evaluates the model as it is and adds the row to the table.
-static Row *add_row(Run *run, double density)
-{
-    Row *row = &run->row[run->rows];
-    *row = (Row){ .density = density, .kept = NAN, .flipped = NAN };
-    for (size_t i = 0; i < run->evals; i++)
-        run->score[run->rows * run->evals + i] = evaluate(run, &run->eval[i]);
-    row->seconds = seconds() - run->start;
-    run->rows++;
-    clear_line(run);
-    return row;
-}
-
+// -----------------------------------------------------------------------------------------------------------
+// Part II: the machine, and housekeeping
 // -----------------------------------------------------------------------------------------------------------
 // 8. Products
 //
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial (with the coefficients of Cephes'
-// expf) times a power of two. Within 2 ulp of the true value; 0 below -87, infinity above 88.72, and NaN
-// stays NaN. Unlike libm's it has no branch and no call, so the loops around it become vector code. Out of
-// its range it computes nonsense, and only then chooses.
-
-static inline float exponential(float x)
-{
-    // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-    const union { float f; uint32_t i; } magic = { 12582912.0f };
-    union { float f; uint32_t i; } rounded = { x * 1.44269504f + magic.f }, low, high;
-    float n = rounded.f - magic.f;
-    float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t whole = (int32_t)(rounded.i - magic.i), half = whole >> 1;
-    // 2^n in two factors: each is a normal number, even where 2^n is not
-    low.i = (uint32_t)(half + 127) << 23;
-    high.i = (uint32_t)(whole - half + 127) << 23;
-    float y = x < -87.0f ? 0.0f : p * low.f * high.f;
-    return x > 88.7228f ? INFINITY : y;
-}
-
 // The fast matmul computes c in tiles of MR x NR that stay in registers while k runs:
 //
 //                      NR = NV vectors of b
@@ -1733,9 +1693,14 @@ static const Kernel EVERYWHERE = { MR, 1, 1, pack, tile };
 enum { SPAN = 128 };
 static size_t x_t_floats(size_t I) { return whole_vectors(I) * SPAN; }                  // for one thread
 
+// A thread's packed slices, made when it first needs them: its stack, where thread-local arrays lie, may be
+// small.
+static _Thread_local float *packed_a, *packed_b;
+
 #ifdef WIDE
 #include WIDE
 #else
+static int choose_threads(double work) { return (void)work, 0; }
 static const Kernel *kernel(void) { return &EVERYWHERE; }
 static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
 {
@@ -1785,9 +1750,6 @@ static void sampled_product(float *dw, const uint32_t *index, size_t n, const fl
 
 static double sampled_below(void) { return 0.25; }
 #endif
-
-// Made when a thread first needs them: its stack, where thread-local arrays lie, may be small.
-static _Thread_local float *packed_a, *packed_b;
 
 // The product on one thread. In fp32, rows of a that lie along k are read where they are.
 static void matmul_alone(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
@@ -1856,8 +1818,6 @@ static void matmul(float *c, size_t ldc, View a, View b, size_t M, size_t N, siz
 }
 
 // -----------------------------------------------------------------------------------------------------------
-// Part II: housekeeping
-// -----------------------------------------------------------------------------------------------------------
 // 9. Utilities
 
 // A user's error: one line, whatever a file had us quote, that says what is wrong, where, and what to run to
@@ -1884,13 +1844,6 @@ static int choice_place(const char *words, const char *text)
         words += length;
         if (!*words) return -1;
     }
-}
-
-// The word at this place.
-static void choice_word(char to[24], const char *words, int place)
-{
-    while (place--) words += strcspn(words, "|") + 1;
-    snprintf(to, 24, "%.*s", (int)strcspn(words, "|"), words);
 }
 
 // Zeroed memory on a cache line of its own.
@@ -1936,58 +1889,9 @@ static uint64_t hash64(const void *data, size_t n)
         memcpy(&w, bytes + 8 * i, 8);
         sum += mix(w + (i + 1) * GOLDEN);
     }
-    if (rest) {
-        memcpy(&last, bytes + 8 * words, rest);
-        sum += mix(last + (words + 1) * GOLDEN);
-    }
-    return sum;
-}
-
-// How many values are stored in the tensors from `first` up to `end`.
-static size_t values_in(const Tensor *first, const Tensor *end)
-{
-    size_t n = 0;
-    for (const Tensor *t = first; t < end; t++) n += t->n;
-    return n;
-}
-
-static size_t adapter_entries(Model *model) { return values_in(delta_tensor(model, 0), gates_tensor(model)); }
-static size_t base_weights(const Model *m) { return values_in(m->tensors, m->tensors + m->base_tensors); }
-
-// Of the matrices that are adapted: as many as a dense adapter has entries.
-static size_t adapted_weights(const Model *model)
-{
-    size_t n = 0;
-    for (const Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
-        if (t->adapter >= 0) n += t->n;
-    return n;
-}
-
-// of adapted matrix a: a % ADAPTED
-static const char *const KIND[ADAPTED] = { "q", "k", "v", "o", "gate", "up", "down" };
-
-// Before the adapter's successor is built, so that both together need no more memory than training does.
-static void free_moments(Model *model)
-{
-    free(model->m_arena);
-    free(model->v_arena);
-    model->m_arena = model->v_arena = NULL;
-}
-
-// Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
-static void trained_arenas(Model *model, Tensor *first, Tensor *end)
-{
-    size_t n = model->trained = values_in(first, end), at = 0;
-    free(model->grad_arena);
-    free_moments(model);
-    model->grad_arena = floats(n);
-    model->m_arena = floats(n);
-    model->v_arena = floats(n);
-    for (Tensor *t = first; t < end; at += t++->n) {
-        t->grad = model->grad_arena + at;
-        t->m = model->m_arena + at;
-        t->v = model->v_arena + at;
-    }
+    if (!rest) return sum;
+    memcpy(&last, bytes + 8 * words, rest);
+    return sum + mix(last + (words + 1) * GOLDEN);
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -2006,8 +1910,7 @@ static const char *mend(const char *kind)
 {
     if (!strcmp(kind, "base")) return "make it again with dev/export_hf.py (dev/nano/base.bin: `make nano`)";
     if (!strcmp(kind, "data")) return "make it again with prepro_mnist.py (files of dev/nano: `make nano`)";
-    if (!strcmp(kind, "stat")) return "start again without --resume";
-    return "train it again";
+    return strcmp(kind, "stat") ? "train it again" : "start again without --resume";
 }
 
 // to (n bytes) = what the file has from byte `at` on. It may change: all that is used is in memory of ours,
@@ -2049,8 +1952,8 @@ static File file_open(const char *path, const char *kind)
         at += sizeof *head;
         if (head->length > length - at || padded(head->length) > length - at)
             die("%s: section `%.16s` is cut off; %s", path, head->tag, mend(kind));
-        for (size_t s = 0; s < file.sections; s++)
-            if (!strncmp(file.head[s].tag, head->tag, sizeof head->tag))
+        for (const SectionHeader *other = file.head; other < head; other++)
+            if (!strncmp(other->tag, head->tag, sizeof head->tag))
                 die("%s: has section `%.16s` twice; %s", path, head->tag, mend(kind));
         file.sections++;
     }
@@ -2110,51 +2013,47 @@ static void numbers_at(float *to, const File *file, const char *tag, size_t n)
 }
 
 // Files are written under a temporary name, synced and renamed, and the folder is synced: whatever happens,
-// `path` is either the old file or the new one, whole.
-static void temporary_path(char to[PATH_MAX + 8], const char *path)
+// `path` is either the old file or the new one, whole. These return 0 or an errno.
+typedef struct { char path[PATH_MAX + 8]; } TemporaryPath;
+
+static TemporaryPath temporary(const char *path)
 {
-    snprintf(to, PATH_MAX + 8, "%s.tmp", path);
+    TemporaryPath to;
+    snprintf(to.path, sizeof to.path, "%s.tmp", path);
+    return to;
 }
 
-static FILE *file_begin(const char *path)
-{
-    char temporary[PATH_MAX + 8];
-    temporary_path(temporary, path);
-    return fopen(temporary, "wb");
-}
+static FILE *file_begin(const char *path) { return fopen(temporary(path).path, "wb"); }
 
-// For good: the folder is synced. Returns 0 or an errno.
-static int file_rename(char *from, const char *to)
+static int file_rename(const char *from, const char *to)
 {
+    TemporaryPath folder = temporary(to);
+    char *slash = strrchr(folder.path, '/');
     if (rename(from, to)) return errno;
-    char *slash = strrchr(from, '/');
     if (slash) *slash = 0;
-    int folder = open(slash ? from : ".", O_RDONLY);
-    if (folder >= 0) fsync(folder), close(folder);
+    int fd = open(slash ? folder.path : ".", O_RDONLY);
+    if (fd >= 0) fsync(fd), close(fd);
     return 0;
 }
 
-// f, from file_begin, becomes `path`. Returns 0, or the errno of what went wrong: then the file of before is
-// still there.
+// f, from file_begin, becomes `path`. If something goes wrong, the file of before is still there.
 static int file_end(FILE *f, const char *path)
 {
-    char temporary[PATH_MAX + 8];
     int error = 0;
     if (!f) return errno;
-    temporary_path(temporary, path);
     if (ferror(f) || fflush(f) || fsync(fileno(f))) error = errno;
     if (fclose(f) && !error) error = errno;
-    if (!error) error = file_rename(temporary, path);
-    if (error) unlink(temporary);
+    if (!error) error = file_rename(temporary(path).path, path);
+    if (error) unlink(temporary(path).path);
     return error;
 }
 
-// A file of sections. Returns 0 or an errno.
+// A file of sections.
 static int file_write(const char *path, const char *kind, const Section *section, size_t count)
 {
+    static const char zeros[8];
     FILE *f = file_begin(path);
     if (!f) return errno;
-    static const char zeros[8];
     FileHeader header = { .version = 1, .length = sizeof header, .sections = count };
     memcpy(header.magic, MAGIC, sizeof header.magic);
     memcpy(header.kind, kind, sizeof header.kind);
@@ -2175,11 +2074,6 @@ static void must_write(const char *path, int error)
     if (error) die("%s: cannot be written: %s", path, strerror(error));
 }
 
-static double mean_length(const Data *data)
-{
-    return data->examples ? (double)data->tokens / (double)data->examples : 0;
-}
-
 // to (size) = a text that CSV and JSON can have as it is; empty where there is no such section.
 static void data_text(char *to, size_t size, const File *file, const char *tag)
 {
@@ -2194,9 +2088,11 @@ static void data_text(char *to, size_t size, const File *file, const char *tag)
 }
 
 // What evaluations have besides.
-static void data_evaluation(Data *data, const File *file, const char *metric)
+static void data_evaluation(Data *data, const File *file)
 {
     const char *path = data->path;
+    char metric[16] = "";
+    data_text(metric, sizeof metric, file, "metric");
     int known = choice_place("exact|acc|acc_norm|loss|number", metric);
     if (known < 0) die("%s: unknown metric `%s`", path, metric);
     data->metric = known;
@@ -2215,36 +2111,42 @@ static void data_evaluation(Data *data, const File *file, const char *metric)
         die("%s: %zu choices in %zu examples", path, choice_sum, data->examples);
 }
 
+// data->token = the section's tokens of `width` bytes each, widened.
+static void data_tokens(Data *data, const File *file, uint32_t width)
+{
+    if (width != 1 && width != 2 && width != 4) die("%s: %u bytes per token", data->path, width);
+    const char *raw = needed(file, "tokens", data->tokens, width);
+    data->token = integers(data->tokens);
+    for (size_t i = 0; i < data->tokens; i++) {
+        memcpy(&data->token[i], raw + i * width, width);
+        if (data->token[i] >= data->V)
+            die("%s: token %zu is beyond the vocabulary of %u", data->path, i, data->V);
+    }
+    free((char *)raw);
+}
+
 static Data data_open(const char *path)
 {
     File opened = file_open(path, "data"), *file = &opened;
-    Data data = { .path = path, .held = file->length };
+    Data data = { .path = path };
     data.hash = hash64(file->head, file->sections * sizeof *file->head);    // which has the sections' hashes
     uint32_t vocab[2];
-    char metric[16] = "";
     needed_at(vocab, file, "vocab", 2, sizeof(uint32_t));
     data.V = vocab[0];
-    data.width = vocab[1];
-    if (data.width != 1 && data.width != 2 && data.width != 4)
-        die("%s: %u bytes per token", path, data.width);
     data.length = section(file, "length", sizeof(uint32_t), &data.examples);
     if (data.examples == 0 || data.examples > UINT32_MAX)
         die("%s: holds no examples; %s", path, mend("data"));
     data.answer = needed(file, "answer", data.examples, sizeof(uint32_t));
     data.offset = allocate(data.examples, sizeof(size_t));
-    for (size_t e = 0; e < data.examples; e++) {
+    for (size_t e = 0; e < data.examples; data.tokens += data.length[e++]) {
         if (data.answer[e] < 1 || data.answer[e] >= data.length[e])
             die("%s: example %zu of %u tokens cannot have its answer at %u", path, e, data.length[e],
                 data.answer[e]);
         data.offset[e] = data.tokens;
-        data.tokens += data.length[e];
         data.longest = max_size(data.longest, data.length[e]);
         data.longest_answer = max_size(data.longest_answer, data.length[e] - data.answer[e]);
     }
-    data.token = needed(file, "tokens", data.tokens, data.width);
-    for (size_t i = 0; i < data.tokens; i++)
-        if (data_token(&data, 0, i) >= data.V)
-            die("%s: token %zu is beyond the vocabulary of %u", path, i, data.V);
+    data_tokens(&data, file, vocab[1]);
     data.glyphs = section(file, "glyphs", 2 * sizeof(uint32_t), &data.glyph_count);
     for (size_t g = 0; g < data.glyph_count; g++) {
         uint32_t c = data.glyphs[2 * g + 1];
@@ -2252,117 +2154,47 @@ static Data data_open(const char *path)
             die("%s: section `glyphs` has character %u, not of ASCII", path, c);
     }
     data_text(data.column, sizeof data.column, file, "column");
-    data_text(metric, sizeof metric, file, "metric");
-    if (data.column[0]) data_evaluation(&data, file, metric);
+    if (data.column[0]) data_evaluation(&data, file);
     file_close(file);
     return data;
 }
 
-static void base_save(const Model *model, const char *path)
+static double mean_length(const Data *data)
 {
-    Config config = model->config;
-    config.dtype = 0;
-    must_write(path, file_write(path, "base", (Section[]){
-        { "config", &config, sizeof config },
-        { "name", model->base.name, strlen(model->base.name) },
-        { "weights", model->base_arena, base_weights(model) * sizeof(float) } }, 3));
-}
-
-// What a ticket says of the adapter: four sections, but without an index if it is dense; returns how many.
-static size_t adapter_sections(Model *model, Section to[4], uint64_t *entries)
-{
-    size_t count = matrices(model), n = adapter_entries(model);
-    for (size_t a = 0; a < count; a++) entries[a] = delta_tensor(model, a)->n;
-    to[0] = (Section){ "gates", gates_tensor(model)->value, count * sizeof(float) };
-    to[1] = (Section){ "entries", entries, count * sizeof(uint64_t) };
-    to[2] = (Section){ "values", delta_tensor(model, 0)->value, n * sizeof(float) };
-    to[3] = (Section){ "index", model->index_arena, n * sizeof(uint32_t) };
-    return model->index_arena ? 4 : 3;
-}
-
-static void ticket_save(Model *model, const char *path, const char *settings)
-{
-    uint64_t *entries = allocate(matrices(model), sizeof(uint64_t));
-    Section section[7] = { { "base", &model->base, 8 + strlen(model->base.name) },
-                           { "settings", settings, strlen(settings) },
-                           { "init", &model->init, sizeof model->init } };
-    must_write(path, file_write(path, "tick", section, 3 + adapter_sections(model, section + 3, entries)));
-    free(entries);
-}
-
-// One number for mask, values and gates, to compare two runs by eye.
-static uint64_t ticket_hash(Model *model)
-{
-    Tensor *gates = gates_tensor(model);
-    uint64_t hash = hash64(gates->value, gates->n * sizeof(float));
-    for (size_t a = 0; a < matrices(model); a++) {
-        Tensor *delta = delta_tensor(model, a);
-        hash = mix(hash + hash64(delta->value, delta->n * sizeof(float)));
-        if (delta->index) hash = mix(hash + hash64(delta->index, delta->n * sizeof(uint32_t)));
-    }
-    return hash;
-}
-
-// Which entries there are in `rows` rows of the table after the base's: all, or those in each DeltaW's index.
-static void mask_load(Model *model, const File *file, size_t rows)
-{
-    size_t count = matrices(model), at = 0, n;
-    uint64_t *entries = needed(file, "entries", rows, sizeof(uint64_t));
-    free(model->index_arena);
-    model->index_arena = section(file, "index", sizeof(uint32_t), &n);
-    for (size_t r = 0; r < rows; r++) {
-        Tensor *t = delta_tensor(model, r);
-        size_t all = t->rows * t->cols;
-        t->index = r < count && model->index_arena ? model->index_arena + at : NULL;
-        t->n = entries[r];
-        if (t->index ? t->n > min_size(all, n - at) : t->n != all)
-            die("%s: %zu entries of %s", file->path, t->n, t->name);
-        for (size_t k = 0; t->index && k < t->n; k++)
-            if (t->index[k] >= all || (k && t->index[k] <= t->index[k - 1]))
-                die("%s: the index of %s is not ascending within the matrix", file->path, t->name);
-        if (t->index) at += t->n;
-    }
-    if (at != n) die("%s: section `index` has %zu entries, %zu are needed", file->path, n, at);
-    free(entries);
-}
-
-// An adapter belongs to the base that it was trained on.
-static void check_base(const Model *model, const File *file)
-{
-    size_t length;
-    uint64_t *base = section(file, "base", 1, &length);
-    if (!base || length < 8) die("%s: does not name its base", file->path);
-    if (*base != model->base.hash)
-        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", file->path,
-            (int)min_size(length - 8, 63),
-            (const char *)(base + 1), (unsigned long long)*base, model->base.name,
-            (unsigned long long)model->base.hash);
-    free(base);
-}
-
-static void ticket_load(Model *model, const char *path)
-{
-    File file = file_open(path, "tick");
-    check_base(model, &file);
-    needed_at(&model->init, &file, "init", 1, sizeof(Init));
-    if (model->init.rest > 1 || !(model->init.sigma >= 0 && model->init.sigma < INFINITY))
-        die("%s: damaged section `init`", path);
-    if (model->init.rest && !resting)
-        die("%s: made with --rest init; ./train_baselines --method eval --ticket %s reads it", path, path);
-    mask_load(model, &file, matrices(model));
-    size_t n = adapter_entries(model), at = 0;
-    free(model->value_arena);
-    model->value_arena = floats(n + matrices(model));
-    numbers_at(model->value_arena, &file, "values", n);
-    numbers_at(model->value_arena + n, &file, "gates", matrices(model));
-    for (Tensor *t = delta_tensor(model, 0); t <= gates_tensor(model); at += t++->n)
-        t->value = model->value_arena + at;
-    model->adapter = gated_adapter(model);
-    file_close(&file);
+    return data->examples ? (double)data->tokens / (double)data->examples : 0;
 }
 
 // -----------------------------------------------------------------------------------------------------------
 // 11. Memory
+
+// How many values are stored in the tensors from `first` up to `end`.
+static size_t values_in(const Tensor *first, const Tensor *end)
+{
+    size_t n = 0;
+    for (const Tensor *t = first; t < end; t++) n += t->n;
+    return n;
+}
+
+static size_t adapter_entries(Model *model) { return values_in(delta_tensor(model, 0), gates_tensor(model)); }
+static size_t base_weights(const Model *m) { return values_in(m->tensors, m->tensors + m->base_tensors); }
+
+// Of the matrices that are adapted: as many as a dense adapter has entries.
+static size_t adapted_weights(const Model *model)
+{
+    size_t n = 0;
+    for (const Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
+        if (t->adapter >= 0) n += t->n;
+    return n;
+}
+
+// Gates are not counted; NAN where the base itself is trained, or nothing.
+static double trained_density(Model *model)
+{
+    size_t n = 0;
+    for (const Tensor *t = delta_tensor(model, 0); t < model->tensors + model->all_tensors; t++)
+        if (t->grad && strcmp(t->name, "gates")) n += t->n;
+    return n ? (double)n / (double)adapted_weights(model) : NAN;
+}
 
 static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const char *format, ...)
 {
@@ -2463,6 +2295,30 @@ static void base_read(Model *model, File *file, int trained)
     model->adapter = PLAIN;
 }
 
+// Before the adapter's successor is built, so that both together need no more memory than training does.
+static void free_moments(Model *model)
+{
+    free(model->m_arena);
+    free(model->v_arena);
+    model->m_arena = model->v_arena = NULL;
+}
+
+// Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
+static void trained_arenas(Model *model, Tensor *first, Tensor *end)
+{
+    size_t n = model->trained = values_in(first, end), at = 0;
+    free(model->grad_arena);
+    free_moments(model);
+    model->grad_arena = floats(n);
+    model->m_arena = floats(n);
+    model->v_arena = floats(n);
+    for (Tensor *t = first; t < end; at += t++->n) {
+        t->grad = model->grad_arena + at;
+        t->m = model->m_arena + at;
+        t->v = model->v_arena + at;
+    }
+}
+
 // Values, gradients and moments, zeroed, of the table's rows from `first` on.
 static void values_alloc(Model *model, Tensor *first)
 {
@@ -2480,10 +2336,9 @@ static void adapter_alloc(Model *model)
 {
     values_alloc(model, delta_tensor(model, 0));
     rewind_adapter(model);
-    model->adapter = gated_adapter(model);
+    model->adapter = RIGSA;
 }
 
-// An arena is walked twice: without memory, to count, and with it, to hand it out.
 typedef struct { float *memory; size_t used; } Arena;
 
 static float *take(Arena *arena, size_t n)
@@ -2572,14 +2427,12 @@ typedef struct {
     const char *name;
     OptionType type;
     void *where;
-    const char *range;  // of a number "low to high", inclusive; the choices "a|b|c", the value is the index
+    const char *range;          // of a number "low to high"; the choices "a|b|c", the value is the place
     const char *start;          // the default, written as a user would
     const char *help;
 } Option;
 
-#ifndef METHODS  // dev/baselines.c includes this file and brings more methods, with options of their own
-#define PROGRAM "train_rigsa"
-#define METHODS "rigsa|full|eval"
+#ifndef MORE_OPTIONS            // of a program that includes this file
 #define MORE_OPTIONS
 #endif
 
@@ -2590,30 +2443,25 @@ static const Option table[] = {
     { "eval", LIST, opt.evals, "FILE",
       NANO "digits_test.bin " NANO "addition.bin " NANO "sizes.bin " NANO "packing.bin",
       "evaluation set; repeatable: the first is the target, the others what must not be forgotten" },
-    { "method", CHOICE, &opt.method, METHODS, "rigsa",
-      "gated sparse adapter, full fine-tuning, or only evaluate" },
-    { "ticket", TEXT, &opt.ticket, "FILE", "", "with --method eval: the base with this adapter" },
     { "examples", COUNT, &opt.examples, "0 to 1e12", "12800", "examples of a pass, 0: all of them once" },
     { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000",
-      "of the ticket's pass, 0: all of them once" },
+      "of the last, the ticket's pass, 0: all of them once" },
     { "rounds", COUNT, &opt.rounds, "0 to 100", "5", "rounds of training and pruning before the last pass" },
     { "batch", COUNT, &opt.batch, "1 to 1e6", "16", "examples per update" },
     { "micro", COUNT, &opt.micro, "0 to 1e6", "0",
       "examples per forward pass, to save memory; 0: the whole batch" },
-    { "precision", CHOICE, &opt.precision, "fp32|bf16", "fp32",
+    { "precision", CHOICE, &precision, "fp32|bf16", "fp32",
       "of products and of what is kept for the backward pass" },
-    { "recompute", FLAG, &opt.recompute, "", "",
+    { "recompute", FLAG, &opt.recompute, "", "no",
       "keep only the layers' inputs: a third more work, far less memory" },
-    { "lr", REAL, &opt.lr, "0 to 10", "0.003",
-      "learning rate of DeltaW; with --method full of every weight, 0.001" },
+    { "lr", REAL, &opt.lr, "0 to 10", "0.003", "learning rate of DeltaW" },
     { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.007", "learning rate of the gates" },
     { "warmup", REAL, &opt.warmup, "0 to 1", "0.05",
       "share of a pass over which the learning rates rise from 0" },
     { "cooldown", REAL, &opt.cooldown, "0 to 1", "1",
       "share of a pass, at its end, over which they fall back to 0" },
     { "sigma", REAL, &opt.sigma, "0 to 1e6", "0.06", "standard deviation of DeltaW's initial values" },
-    { "weight-decay", REAL, &opt.weight_decay, "0 to 1e6", "1",
-      "decoupled decay of DeltaW; with --method full of matrices, 0.1" },
+    { "weight-decay", REAL, &opt.weight_decay, "0 to 1e6", "1", "decoupled decay of DeltaW" },
     { "keep", REAL, &opt.keep, "0 to 1", "0.56", "share of the candidates that a round keeps" },
     { "survivors", CHOICE, &opt.survivors, "rewind|keep|redraw", "rewind",
       "back to initial values, kept, or drawn afresh" },
@@ -2621,17 +2469,17 @@ static const Option table[] = {
       "compare magnitudes within each matrix, or over all" },
     { "seed", COUNT, &opt.seed, "0 to 9e15", "1", "of DeltaW and of the order of the data" },
     MORE_OPTIONS
+    // those of the folder, which are no settings: a run may go on in another one, and be saved more often
     { "out", TEXT, &opt.out, "FOLDER", "out", "for the table, the settings and the ticket" },
     { "save-every", REAL, &opt.save_every, "0 to 1e9", "300",
       "seconds between saves of the run; 0: only after each round" },
-    { "resume", FLAG, &opt.resume, "", "",
+    { "resume", FLAG, &opt.resume, "", "no",
       "go on with the run that the output folder holds, with its settings" },
-    { "overwrite", FLAG, &opt.overwrite, "", "", "replace the run that the output folder holds" },
+    { "overwrite", FLAG, &opt.overwrite, "", "no", "replace the run that the output folder holds" },
 };
-enum { OPTIONS = sizeof table / sizeof *table };
-// of a run: not the last four, it may go on in another folder and be saved more often
-enum { SETTINGS = OPTIONS - 4 };
+enum { OPTIONS = sizeof table / sizeof *table, SETTINGS = OPTIONS - 4 };
 static int given[OPTIONS];                  // how often the user named it
+static char *settings_folder;                      // where relative paths of the settings start
 
 static void usage(void)
 {
@@ -2639,7 +2487,7 @@ static void usage(void)
     printf("    ./" PROGRAM " [--option value ...]\n\n");
     for (const Option *o = table; o < table + OPTIONS; o++) {
         printf("  --%s %s\n        %s", o->name, o->range, o->help);
-        printf(*o->start ? " (default %s)\n" : "\n", o->start);
+        printf(*o->start && o->type != FLAG ? " (default %s)\n" : "\n", o->start);
     }
     printf("  --help\n        this text\n");
     exit(0);
@@ -2657,21 +2505,19 @@ static double parse_number(const Option *o, const char *text)
     return number;
 }
 
-// Of a list, the n-th from 0 is set, and ends it.
+// Of a list the n-th value, which ends it.
 static void option_set(const Option *o, char *text, int n)
 {
+    const char *choices = o->type == FLAG ? "no|yes" : o->range;
+    int place = o->type == FLAG || o->type == CHOICE ? choice_place(choices, text) : 0;
+    if (place < 0) die("--%s: `%s` is none of %s", o->name, text, choices);
+    if (n >= MAX_EVALS) die("--%s: at most %d of them", o->name, MAX_EVALS);
     switch (o->type) {
     case TEXT: *(char **)o->where = text; break;
-    case LIST:
-        if (n == MAX_EVALS) die("--%s: at most %d of them", o->name, MAX_EVALS);
-        ((char **)o->where)[n] = text;
-        ((char **)o->where)[n + 1] = NULL;
-        break;
-    case COUNT: case REAL: *(double *)o->where = parse_number(o, text); break;
-    case FLAG: *(int *)o->where = !text || !strcmp(text, "yes"); break;
-    case CHOICE:
-        *(int *)o->where = choice_place(o->range, text);
-        if (*(int *)o->where < 0) die("--%s: `%s` is none of %s", o->name, text, o->range);
+    case LIST: ((char **)o->where)[n] = text, ((char **)o->where)[n + 1] = NULL; break;
+    case COUNT: *(size_t *)o->where = (size_t)parse_number(o, text); break;
+    case REAL: *(double *)o->where = parse_number(o, text); break;
+    case CHOICE: case FLAG: *(int *)o->where = place; break;
     }
 }
 
@@ -2681,80 +2527,69 @@ static int option_find(const char *name)
     return -1;
 }
 
+// Its n-th value as a user would write it, in `word` if it is no text; NULL after the last.
+static const char *option_word(const Option *o, int n, char word[24])
+{
+    const char *choice = o->type == FLAG ? "no|yes" : o->range;
+    if (o->type == LIST) return ((char **)o->where)[n];
+    if (n > 0) return NULL;
+    switch (o->type) {
+    case COUNT: snprintf(word, 24, "%zu", *(size_t *)o->where); break;
+    case REAL:                                              // as it was written, if that says it all
+        snprintf(word, 24, "%.15g", *(double *)o->where);
+        if (strtod(word, NULL) != *(double *)o->where) snprintf(word, 24, "%.17g", *(double *)o->where);
+        break;
+    case CHOICE: case FLAG:
+        for (int i = *(int *)o->where; i > 0; i--) choice += strcspn(choice, "|") + 1;
+        snprintf(word, 24, "%.*s", (int)strcspn(choice, "|"), choice);
+        break;
+    default: return *(char **)o->where;
+    }
+    return word;
+}
+
+// One `name value` a line: what is printed at the start, goes with the run and its ticket, and is read by a
+// run that goes on.
+static char *settings_text(void)
+{
+    const char *word;
+    char *text, room[24];
+    size_t size;
+    FILE *to = open_memstream(&text, &size);
+    for (const Option *o = table; o < table + SETTINGS; o++)
+        for (int n = 0; (word = option_word(o, n, room)); n++)
+            if (*word) fprintf(to, "%-16s %s\n", o->name, word);
+    fclose(to);
+    return text;
+}
+
 static char *output_path(const char *name, char path[PATH_MAX])
 {
     if (snprintf(path, PATH_MAX, "%s/%s", opt.out, name) >= PATH_MAX) die("--out: too long a path");
     return path;
 }
 
-// Its n-th value as a user would write it, in `word` if it is no text; NULL after the last.
-static const char *option_word(const Option *o, int n, char word[24])
-{
-    if (o->type == LIST) return ((char **)o->where)[n];
-    if (n > 0) return NULL;
-    if (o->type == TEXT) return *(char **)o->where;
-    if (o->type == FLAG) choice_word(word, "no|yes", *(int *)o->where);
-    else if (o->type == CHOICE) choice_word(word, o->range, *(int *)o->where);
-    else {
-        double number = *(double *)o->where;
-        snprintf(word, 24, "%.15g", number);                // as it was written, if that says it all
-        if (strtod(word, NULL) != number) snprintf(word, 24, "%.17g", number);
-    }
-    return word;
-}
-
-// One `name value` a line: what is printed at the start and goes with the run and its ticket.
-static char *settings_text(void)
-{
-    char *text, room[24];
-    size_t size;
-    FILE *to = open_memstream(&text, &size);
-    for (const Option *o = table; o < table + SETTINGS; o++) {
-        if (o->type == TEXT && !**(char **)o->where) continue;
-        fprintf(to, "%-16s", o->name);
-        for (int n = 0; option_word(o, n, room); n++) fprintf(to, " %s", option_word(o, n, room));
-        fputc('\n', to);
-    }
-    fclose(to);
-    return text;
-}
-
-static int is_path(const Option *o) { return o->type == TEXT || o->type == LIST; }
-
-// What a resumed run goes on with: name and value of every setting, a zero behind each, paths from the root.
-static char *options_text(size_t *size)
-{
-    char *text, room[24], *folder = getcwd(NULL, 0);
-    const char *word;
-    FILE *to = open_memstream(&text, size);
-    for (const Option *o = table; o < table + SETTINGS; o++)
-        for (int n = 0; (word = option_word(o, n, room)); n++) {
-            fprintf(to, "%s%c", o->name, 0);
-            if (is_path(o) && *word && *word != '/' && folder) fprintf(to, "%s/", folder);
-            fprintf(to, "%s%c", word, 0);
-        }
-    fclose(to);
-    free(folder);
-    return text;
-}
-
-// Settings of a saved run, as in options_text: those that the user did not give are set, and once all are
-// known (`agree`) those that he did must be the same. Of files only that there is one: hashes decide.
-static void options_resume(char *saved, size_t size, int agree)
+// The settings of the run that goes on: those that the user did not give are set, the others must be the
+// same. Of files only that there is one: hashes decide.
+static void settings_resume(char *settings)
 {
     int taken[OPTIONS] = { 0 };
-    char room[24], *value;
-    for (char *name = saved; name < saved + size; name = value + strlen(value) + 1) {
+    for (char *line; (line = strsep(&settings, "\n")) && *line; ) {
+        char room[24], name[24] = "", *value = strlen(line) > 17 ? line + 17 : "";
+        sscanf(line, "%23s", name);
         int i = option_find(name);
-        value = name + strlen(name) + 1;
-        if (i < 0 || i >= SETTINGS || value >= saved + size)
-            die("%s/state.bin: damaged; %s", opt.out, mend("stat"));
+        if (i < 0 || i >= SETTINGS || !*value) die("%s/state.bin: damaged; %s", opt.out, mend("stat"));
         const Option *o = &table[i];
-        const char *word = agree ? option_word(o, 0, room) : "";
-        if (!agree && !given[i]) option_set(o, value, taken[i]++);
-        if (agree && (is_path(o) ? !*word != !*value : strcmp(word, value) != 0))
+        int path = o->type == TEXT || o->type == LIST;
+        const char *word = option_word(o, 0, room);
+        if (given[i] && !path && strcmp(word, value))
             die("--%s is %s, in the saved run it was %s; leave it out, or start a run in another --out",
-                o->name, *word ? word : "not given", *value ? value : "not given");
+                o->name, word, value);
+        if (given[i]) continue;
+        const char *from = path && *value != '/' ? settings_folder : "";
+        char *text = allocate(strlen(from) + strlen(value) + 2, 1);
+        sprintf(text, *from ? "%s/%s" : "%s%s", from, value);
+        option_set(o, text, taken[i]++);
     }
     for (int i = 0; i < OPTIONS; i++) given[i] += taken[i];
 }
@@ -2762,12 +2597,11 @@ static void options_resume(char *saved, size_t size, int agree)
 // Returns the settings of the run that goes on, or NULL.
 static char *parse_options(int argc, char **argv)
 {
-    char *saved = NULL, *settings = NULL, path[PATH_MAX];
-    size_t size = 0, length;
+    char *settings = NULL, path[PATH_MAX];
     for (const Option *o = table; o < table + OPTIONS; o++) {
-        char *start = strdup(o->start), *word = start;
-        if (o->type == LIST) for (int n = 0; (word = strsep(&start, " ")); n++) option_set(o, word, n);
-        else if (o->type != FLAG) option_set(o, start, 0);
+        char *start = strdup(o->start), *word;
+        if (o->type != LIST) option_set(o, start, 0);
+        else for (int n = 0; (word = strsep(&start, " ")); n++) option_set(o, word, n);
     }
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) usage();
@@ -2776,34 +2610,49 @@ static char *parse_options(int argc, char **argv)
         const Option *o = &table[found];
         if (given[found] && o->type != LIST) die("--%s is given twice", o->name);
         if (o->type != FLAG && i + 1 == argc) die("--%s needs a value: %s", o->name, o->range);
-        option_set(o, o->type == FLAG ? NULL : argv[++i], given[found]++);
+        option_set(o, o->type == FLAG ? "yes" : argv[++i], given[found]++);
+        if (strchr(argv[i], '\n')) die("--%s: a line break in `%s`", o->name, argv[i]);
     }
+    settings_folder = getcwd(NULL, 0);
     if (opt.resume && opt.overwrite) die("--resume goes on with the run that --overwrite would replace");
     if (opt.resume) {
+        size_t n;
         File file = file_open(output_path("state.bin", path), "stat");
-        saved = section(&file, "options", 1, &size);
-        settings = section(&file, "settings", 1, &length);
-        if (!saved || !settings) die("%s: damaged; %s", path, mend("stat"));
+        settings_folder = section(&file, "folder", 1, &n);
+        settings = section(&file, "settings", 1, &n);
+        if (!settings || !settings_folder) die("%s: damaged; %s", path, mend("stat"));
+        settings_resume(strdup(settings));
         file_close(&file);
     }
-    if (saved) options_resume(saved, size, 0);
-    if (opt.method == METHOD_FULL) {                    // what full fine-tuning has other defaults for
-        if (!given[option_find("lr")]) opt.lr = 1e-3;
-        if (!given[option_find("weight-decay")]) opt.weight_decay = 0.1;
-    }
-    if (opt.method != METHOD_EVAL && *opt.ticket) die("--ticket goes with --method eval");
     if (opt.lr * opt.weight_decay >= 1)
         die("--lr %g times --weight-decay %g is not below 1: one update would erase DeltaW", opt.lr,
             opt.weight_decay);
     if (opt.sigma == 0) die("--sigma 0 leaves no sign to compare with");
-    if (opt.micro == 0 || opt.micro > opt.batch) opt.micro = opt.batch;
-    precision = (Precision)opt.precision;
-    if (saved) options_resume(saved, size, 1);
     return settings;
 }
 
 // -----------------------------------------------------------------------------------------------------------
 // 13. Runs
+
+// Where the run is. Work is counted in tokens times products per matrix: forward has one; training has a
+// second one for dx, and for dW a share of a third.
+static struct {
+    double start, saved, shown;             // seconds: of the start, the last save, the last line of progress
+    double work, done;                      // of the whole run, and so far
+    double share;                           // of the training tokens that have a row of their own
+    double began, loss;                     // of this pass, or of what is left of it
+    size_t tokens;
+    int terminal, forecast;
+} pace;
+
+static const char *first_label = "base";    // dev/evaluate.c's may be "ticket"
+
+static const char *label(const Run *run, size_t pass)
+{
+    static char text[24];
+    snprintf(text, sizeof text, "%zu", pass);
+    return pass == 0 ? first_label : pass == run->passes ? method.name : text;
+}
 
 static const char *duration(double s)
 {
@@ -2815,23 +2664,6 @@ static const char *duration(double s)
     return text;
 }
 
-// Operations per row of a pass that computes `linear` products per matrix and `attention` times attention's
-// two; a row sees half of T keys on average.
-static double row_work(const Model *model, double T, double linear, double attention)
-{
-    const Config *c = &model->config;
-    return 2 * linear * (double)adapted_weights(model) + 2 * attention * T * c->L * c->H * c->D;
-}
-
-static double forward_work(const Model *model, double T) { return row_work(model, T, 1, 1); }
-
-// Forward and backward, where dW is computed for a share `density` of the weights; attention's backward pass
-// has five products.
-static double training_work(const Model *model, double T, double density)
-{
-    return row_work(model, T, 2 + density, 3.5);
-}
-
 // How many bytes of an evaluation's name are shown: whole characters, if it is UTF-8.
 static int heading_width(const char *column)
 {
@@ -2840,105 +2672,127 @@ static int heading_width(const char *column)
     return n;
 }
 
+static void clear_line(void) { if (pace.terminal) printf("\r\033[K"); }
+
 // The line at the bottom of a terminal, five times a second at most; a pipe does not see it.
-static void progress(Run *run, const char *what, double part, double loss, double tokens_per_second)
+static void progress(const char *what, double part)
 {
-    double now = seconds(), elapsed = now - run->start;
-    if (!run->terminal || now - run->shown < 0.2) return;
-    run->shown = now;
+    double now = seconds(), left = (now - pace.start) * fmax(0, pace.work - pace.done) / pace.done;
+    if (!pace.terminal || now - pace.shown < 0.2) return;
+    pace.shown = now;
     printf("\r\033[K  %-8.*s %3.0f %%", heading_width(what), what, 100 * part);
-    if (loss >= 0) printf("   loss %.4f   %.0f tokens/s", loss, tokens_per_second);
-    if (run->done > 0) printf("   %s left", duration(elapsed * fmax(0, run->work - run->done) / run->done));
+    if (pace.tokens)
+        printf("   loss %.4f   %.0f tokens/s", pace.loss, (double)pace.tokens / (now - pace.began));
+    printf("   %s left", duration(left));
     fflush(stdout);
 }
 
-static void clear_line(const Run *run) { if (run->terminal) printf("\r\033[K"); }
+// Results, in a table for people and in files for programs.
 
-// Everything that is trained, end to end: (model->trained).
-static float *trained_values(const Model *model)
+static void print_row(const Run *run, const Row *row)
 {
-    return opt.method == METHOD_FULL ? model->base_arena : model->value_arena;
+    const Score *score = run->score + (size_t)(row - run->row) * run->evals;
+    printf("%-8s", label(run, (size_t)(row - run->row)));
+    if (isnan(row->density)) printf(" %8s", "-");
+    else printf(" %8.4f", row->density);
+    if (isnan(row->kept)) printf(" %6s %8s", "-", "-");
+    else printf(" %6.3f %8.3f", row->kept, row->flipped);
+    for (size_t i = 0; i < run->evals; i++) printf("  %.4f +-%.4f", score[i].value, score[i].error);
+    printf(" %9s\n", duration(row->seconds));
+}
+
+// The rows so far, under their heading.
+static void print_table(const Run *run)
+{
+    printf("\n%-8s %8s %6s %8s", "round", "density", "kept", "flipped");
+    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
+        printf(" %15.*s", heading_width(eval->column), eval->column);
+    printf(" %9s\n", "time");
+    for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
+}
+
+// The character of a token; '?' for one that has none.
+static char glyph(const Data *data, uint32_t token)
+{
+    for (const uint32_t *g = data->glyphs; g < data->glyphs + 2 * data->glyph_count; g += 2)
+        if (g[0] == token) return (char)g[1];
+    return '?';
+}
+
+// The first example of the target as the text that the model reads, with its answer.
+static void draw_example(Run *run)
+{
+    const Data *data = &run->eval[0];
+    if (!data->glyphs) return;
+    judge(&run->model, run->verdict, &run->batch, data, 0);
+    putchar('\n');
+    for (uint32_t t = 0; t < data->answer[0]; t++) {
+        char c = glyph(data, data->token[t]);
+        if (c != '?') putchar(c);
+    }
+    printf("\n  read as %c, is %c\n", glyph(data, run->verdict[0].said),
+           glyph(data, data->token[data->answer[0]]));
+}
+
+// A CSV file, written anew: begun with its first line, and ended. The latter returns 0 or an errno.
+static FILE *csv_begin(const char *name, const char *heading)
+{
+    char path[PATH_MAX];
+    FILE *f = file_begin(output_path(name, path));
+    if (f) fputs(heading, f);
+    return f;
+}
+
+static int csv_end(FILE *f, const char *name)
+{
+    char path[PATH_MAX];
+    return file_end(f, output_path(name, path));
+}
+
+static int table_save(const Run *run)
+{
+    FILE *f = csv_begin("table.csv", "round,density,kept,flipped");
+    for (size_t i = 0; f && i < run->evals; i++)
+        fprintf(f, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
+    if (f) fprintf(f, ",seconds\n");
+    for (size_t r = 0; f && r < run->rows; r++) {
+        const Row *row = &run->row[r];
+        fprintf(f, "%s,%.6f,%.6f,%.6f", label(run, r), row->density, row->kept, row->flipped);
+        for (const Score *s = run->score + r * run->evals; s < run->score + (r + 1) * run->evals; s++)
+            fprintf(f, ",%.6f,%.6f", s->value, s->error);
+        fprintf(f, ",%.1f\n", row->seconds);
+    }
+    return csv_end(f, "table.csv");
 }
 
 // How many rounds have been pruned.
 static size_t rounds_pruned(const Run *run)
 {
-    return opt.method == METHOD_RIGSA && run->rows > 1 ? min_size(run->rows, run->passes) - 1 : 0;
+    return run->rows > 1 ? min_size(run->rows, run->passes) - 1 : 0;
 }
 
-// What it takes to go on as if nothing had been, down to the bits. Returns 0, or an errno: then the file of
-// before is still there.
-static int state_save(Run *run, const char *path)
-{
-    Model *model = &run->model;
-    size_t bytes = model->trained * sizeof(float), rows = model->all_tensors - model->base_tensors;
-    double clock[2] = { seconds() - run->start, run->done };
-    uint64_t *entries = allocate(rows, sizeof(uint64_t));
-    for (size_t r = 0; r < rows; r++) entries[r] = delta_tensor(model, r)->n;
-    int error = file_write(path, "stat", (Section[]){
-        { "inputs", run->hash, (2 + run->evals) * sizeof(uint64_t) },
-        { "options", run->options, run->options_size },
-        { "settings", run->settings, strlen(run->settings) }, { "clock", clock, sizeof clock },
-        { "rows", run->row, run->rows * sizeof(Row) },
-        { "pruned", run->pruned, rounds_pruned(run) * matrices(model) * sizeof(Pruned) },
-        { "scores", run->score, run->rows * run->evals * sizeof(Score) },
-        { "losses", run->loss, run->updates * sizeof(double) }, { "warm", &run->warm, sizeof run->warm },
-        { "draw", &model->init.draw, sizeof model->init.draw },
-        { "entries", entries, rows * sizeof(uint64_t) }, { "values", trained_values(model), bytes },
-        { "m", model->m_arena, bytes }, { "v", model->v_arena, bytes },
-        { "index", model->index_arena, model->index_arena ? adapter_entries(model) * sizeof(uint32_t) : 0 } },
-        model->index_arena ? 15 : 14);
-    free(entries);
-    return error;
-}
-
-// table.csv and loss.csv of the run so far, written anew. Return 0 or an errno.
-static int table_save(const Run *run)
-{
-    char path[PATH_MAX];
-    FILE *f = file_begin(output_path("table.csv", path));
-    if (!f) return errno;
-    fprintf(f, "round,density,kept,flipped");
-    for (size_t i = 0; i < run->evals; i++)
-        fprintf(f, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
-    fprintf(f, ",seconds\n");
-    for (size_t r = 0; r < run->rows; r++) {
-        const Row *row = &run->row[r];
-        fprintf(f, "%s,%.6f,%.6f,%.6f", run->label[r], row->density, row->kept, row->flipped);
-        for (const Score *s = run->score + r * run->evals; s < run->score + (r + 1) * run->evals; s++)
-            fprintf(f, ",%.6f,%.6f", s->value, s->error);
-        fprintf(f, ",%.1f\n", row->seconds);
-    }
-    return file_end(f, path);
-}
-
+// What the rounds kept and flipped, matrix by matrix.
 static int pruning_save(const Run *run)
 {
-    char path[PATH_MAX];
-    size_t count = matrices(&run->model);
-    if (opt.method != METHOD_RIGSA) return 0;
-    FILE *f = file_begin(output_path("pruning.csv", path));
-    if (!f) return errno;
-    fprintf(f, "round,layer,kind,entries,flipped,kept\n");
-    for (size_t i = 0; i < rounds_pruned(run) * count; i++)
-        fprintf(f, "%s,%zu,%s,%zu,%zu,%zu\n", run->label[1 + i / count], i % count / ADAPTED,
-                KIND[i % ADAPTED], run->pruned[i].entries, run->pruned[i].flipped, run->pruned[i].survivors);
-    return file_end(f, path);
+    static const char *const KIND[ADAPTED] = { "q", "k", "v", "o", "gate", "up", "down" };
+    size_t count = matrices(&run->model), all = rounds_pruned(run) * count;
+    if (method.end_pass != rigsa_end_pass) return 0;
+    FILE *f = csv_begin("pruning.csv", "round,layer,kind,entries,flipped,kept\n");
+    for (size_t i = 0; f && i < all; i++)
+        fprintf(f, "%zu,%zu,%s,%zu,%zu,%zu\n", 1 + i / count, i % count / ADAPTED, KIND[i % ADAPTED],
+                run->pruned[i].entries, run->pruned[i].flipped, run->pruned[i].survivors);
+    return csv_end(f, "pruning.csv");
 }
 
 static int losses_save(const Run *run)
 {
-    char path[PATH_MAX];
-    FILE *f = file_begin(output_path("loss.csv", path));
-    if (!f) return errno;
-    fprintf(f, "pass,update,loss\n");
-    for (size_t pass = 1, at = 0; at < run->updates; pass++)
+    FILE *f = csv_begin("loss.csv", "pass,update,loss\n");
+    for (size_t pass = 1, at = 0; f && at < run->updates; pass++)
         for (size_t t = 1, end = updates_before(run, pass + 1); at < min_size(end, run->updates); t++)
-            fprintf(f, "%s,%zu,%.6f\n", run->label[pass], t, run->loss[at++]);
-    return file_end(f, path);
+            fprintf(f, "%s,%zu,%.6f\n", label(run, pass), t, run->loss[at++]);
+    return csv_end(f, "loss.csv");
 }
 
-// What people and other programs read: table.csv, pruning.csv and loss.csv.
 static int tables_save(const Run *run)
 {
     int error = table_save(run);
@@ -2946,61 +2800,143 @@ static int tables_save(const Run *run)
     return error ? error : losses_save(run);
 }
 
-// Returns 0 or an errno, of which it warns: a full disk may be empty again when the next save is due.
+// What a ticket says of the adapter is enough to make W again. A dense one has no index.
+static void ticket_save(Model *model, const char *path, const char *settings)
+{
+    size_t count = matrices(model), n = adapter_entries(model);
+    uint64_t *entries = allocate(count, sizeof(uint64_t));
+    for (size_t a = 0; a < count; a++) entries[a] = delta_tensor(model, a)->n;
+    must_write(path, file_write(path, "tick", (Section[]){
+        { "base", &model->base, 8 + strlen(model->base.name) }, { "settings", settings, strlen(settings) },
+        { "init", &model->init, sizeof model->init },
+        { "gates", gates_tensor(model)->value, count * sizeof(float) },
+        { "entries", entries, count * sizeof(uint64_t) },
+        { "values", delta_tensor(model, 0)->value, n * sizeof(float) },
+        { "index", model->index_arena, n * sizeof(uint32_t) } }, model->index_arena ? 7 : 6));
+    free(entries);
+}
+
+// One number for mask, values and gates, to compare two runs by eye.
+static uint64_t ticket_hash(Model *model)
+{
+    Tensor *gates = gates_tensor(model);
+    uint64_t hash = hash64(gates->value, gates->n * sizeof(float));
+    for (const Tensor *delta = delta_tensor(model, 0); delta < gates; delta++) {
+        hash = mix(hash + hash64(delta->value, delta->n * sizeof(float)));
+        if (delta->index) hash = mix(hash + hash64(delta->index, delta->n * sizeof(uint32_t)));
+    }
+    return hash;
+}
+
+static void rigsa_finish(Run *run)
+{
+    char path[PATH_MAX];
+    size_t n = adapter_entries(&run->model);
+    ticket_save(&run->model, output_path("ticket.bin", path), run->settings);
+    printf("\nticket: density %.4f, %zu entries, hash %016llx\n",
+           (double)n / (double)adapted_weights(&run->model), n, (unsigned long long)ticket_hash(&run->model));
+}
+
+// Which entries there are in `rows` rows of the table after the base's: all, or those in each DeltaW's index.
+static void mask_load(Model *model, const File *file, size_t rows)
+{
+    size_t count = matrices(model), at = 0, n;
+    uint64_t *entries = needed(file, "entries", rows, sizeof(uint64_t));
+    free(model->index_arena);
+    model->index_arena = section(file, "index", sizeof(uint32_t), &n);
+    for (size_t r = 0; r < rows; r++) {
+        Tensor *t = delta_tensor(model, r);
+        size_t all = t->rows * t->cols;
+        t->index = r < count && model->index_arena ? model->index_arena + at : NULL;
+        t->n = entries[r];
+        if (t->index ? t->n > min_size(all, n - at) : t->n != all)
+            die("%s: %zu entries of %s", file->path, t->n, t->name);
+        for (size_t k = 0; t->index && k < t->n; k++)
+            if (t->index[k] >= all || (k && t->index[k] <= t->index[k - 1]))
+                die("%s: the index of %s is not ascending within the matrix", file->path, t->name);
+        if (t->index) at += t->n;
+    }
+    if (at != n) die("%s: section `index` has %zu entries, %zu are needed", file->path, n, at);
+    free(entries);
+}
+
+// The state: all that it takes to go on as if nothing had been, down to the bits. Returns 0, or an errno:
+// then the file of before is still there.
+static int state_save(Run *run, const char *path)
+{
+    Model *model = &run->model;
+    size_t bytes = model->trained * sizeof(float), rows = model->all_tensors - model->base_tensors;
+    double clock[2] = { seconds() - pace.start, pace.done };
+    uint64_t *entries = allocate(rows, sizeof(uint64_t));
+    for (size_t r = 0; r < rows; r++) entries[r] = delta_tensor(model, r)->n;
+    int error = file_write(path, "stat", (Section[]){
+        { "inputs", run->hash, (2 + run->evals) * sizeof(uint64_t) },
+        { "settings", run->settings, strlen(run->settings) },
+        { "folder", settings_folder, strlen(settings_folder) },
+        { "clock", clock, sizeof clock }, { "rows", run->row, run->rows * sizeof(Row) },
+        { "pruned", run->pruned, rounds_pruned(run) * matrices(model) * sizeof(Pruned) },
+        { "scores", run->score, run->rows * run->evals * sizeof(Score) },
+        { "losses", run->loss, run->updates * sizeof(double) }, { "warm", &run->warm, sizeof run->warm },
+        { "draw", &model->init.draw, sizeof model->init.draw },
+        { "entries", entries, rows * sizeof(uint64_t) }, { "values", model->value_arena, bytes },
+        { "m", model->m_arena, bytes }, { "v", model->v_arena, bytes },
+        { "index", model->index_arena, model->index_arena ? adapter_entries(model) * sizeof(uint32_t) : 0 } },
+        model->index_arena ? 15 : 14);
+    free(entries);
+    return error;
+}
+
+// Warns of an error and returns it: a full disk may be empty again when the next save is due.
 static int save(Run *run)
 {
     char path[PATH_MAX];
     int error = state_save(run, output_path("state.bin", path));
     if (!error) error = tables_save(run);
-    clear_line(run);
+    clear_line();
     if (error) fprintf(stderr, PROGRAM ": warning: %s: not saved: %s; what was saved before stays\n",
                        opt.out, strerror(error));
-    run->saved = seconds();
+    pace.saved = seconds();
     return error;
 }
 
 // How far the run was. Without a row it has only begun.
-static void state_load(Run *run, const char *path)
+static void state_load(Run *run, const File *file)
 {
-    File file = file_open(path, "stat");
     size_t inputs, most;
     double clock[2];
-    uint64_t *hash = section(&file, "inputs", sizeof(uint64_t), &inputs);
+    uint64_t *hash = section(file, "inputs", sizeof(uint64_t), &inputs);
     if (!hash || inputs != 2 + run->evals)
-        die("%s: a run with %zu inputs (base, data, --eval), not %zu", path, inputs, 2 + run->evals);
+        die("%s: a run with %zu inputs (base, data, --eval), not %zu", file->path, inputs, 2 + run->evals);
     for (size_t i = 0; i < inputs; i++)
         if (hash[i] != run->hash[i])
             die("%s has changed since %s was written",
-                i == 0 ? opt.base : i == 1 ? opt.data : opt.evals[i - 2], path);
-    Row *row = section(&file, "rows", sizeof(Row), &run->rows);
-    double *loss = section(&file, "losses", sizeof(double), &run->updates);
-    needed_at(clock, &file, "clock", 2, sizeof(double));
-    needed_at(&run->warm, &file, "warm", 1, sizeof run->warm);
+                i == 0 ? opt.base : i == 1 ? opt.data : opt.evals[i - 2], file->path);
+    Row *row = section(file, "rows", sizeof(Row), &run->rows);
+    double *loss = section(file, "losses", sizeof(double), &run->updates);
+    needed_at(clock, file, "clock", 2, sizeof(double));
+    needed_at(&run->warm, file, "warm", 1, sizeof run->warm);
     most = run->rows ? updates_before(run, min_size(run->rows, run->passes) + 1) : 0;
     if (!row || !loss || !(clock[0] >= 0 && clock[1] >= 0) || run->rows > run->passes + 1
         || run->updates < updates_before(run, run->rows) || run->updates > most)
-        die("%s: damaged; %s", path, mend("stat"));
-    needed_at(run->score, &file, "scores", run->rows * run->evals, sizeof(Score));
-    needed_at(run->pruned, &file, "pruned", rounds_pruned(run) * matrices(&run->model), sizeof(Pruned));
+        die("%s: damaged; %s", file->path, mend("stat"));
+    needed_at(run->score, file, "scores", run->rows * run->evals, sizeof(Score));
+    needed_at(run->pruned, file, "pruned", rounds_pruned(run) * matrices(&run->model), sizeof(Pruned));
     memcpy(run->row, row, run->rows * sizeof(Row));
     memcpy(run->loss, loss, run->updates * sizeof(double));
-    run->start = seconds() - clock[0];
-    run->done = clock[1];
+    pace.start = seconds() - clock[0];
+    pace.done = clock[1];
     free(hash), free(row), free(loss);
-    file_close(&file);
 }
 
 // What it had trained.
-static void trained_load(Model *model, const char *path)
+static void trained_load(Model *model, const File *file)
 {
-    File file = file_open(path, "stat");
-    needed_at(&model->init.draw, &file, "draw", 1, sizeof model->init.draw);
-    mask_load(model, &file, model->all_tensors - model->base_tensors);
-    if (opt.method != METHOD_FULL) values_alloc(model, delta_tensor(model, 0));
-    numbers_at(trained_values(model), &file, "values", model->trained);
-    numbers_at(model->m_arena, &file, "m", model->trained);
-    numbers_at(model->v_arena, &file, "v", model->trained);
-    file_close(&file);
+    needed_at(&model->init.draw, file, "draw", 1, sizeof model->init.draw);
+    mask_load(model, file, model->all_tensors - model->base_tensors);
+    if (!method.trains_base) values_alloc(model, delta_tensor(model, 0));
+    numbers_at(model->value_arena, file, "values", model->trained);
+    numbers_at(model->m_arena, file, "m", model->trained);
+    numbers_at(model->v_arena, file, "v", model->trained);
 }
 
 // SIGINT or SIGTERM, or 0. The second one ends the program at once.
@@ -3020,156 +2956,63 @@ static void stop_if_asked(Run *run)
     exit(128 + asked_to_stop);
 }
 
-// How many threads the next step should use, after one of so much work. Where other programs or a quota take
-// cores, fewer are faster, with the same bits. So half or twice as many are tried for a window of time
-// between two windows as usual, and stay if they are faster. Trials lose a hundredth of the time.
-static int next_threads(Threads *t, double now, double work)
-{
-    int trial = t->window == TRIAL;
-    t->work[trial] += work;
-    if (now - t->began < 0.1) return trial ? t->other : t->used;
-    t->time[trial] += now - t->began;
-    t->began = now;
-    if (trial) return t->window = AFTER, t->used;
-    if (t->window == BEFORE && now >= t->due) {
-        if (t->used == 1 || t->used == t->most) t->up = t->used == 1;
-        t->other = t->up ? (int)min_size(2 * (size_t)t->used, (size_t)t->most) : t->used / 2;
-        return t->window = TRIAL, t->other;
-    }
-    double lost = t->time[1] - t->work[1] * t->time[0] / t->work[0];
-    if (t->window == AFTER && lost < -0.05 * t->time[1]) t->used = t->other;
-    else if (t->window == AFTER) t->up = !t->up, t->settled = 1, t->due = now + 100 * lost;
-    t->window = BEFORE;
-    t->work[0] = t->work[1] = t->time[0] = t->time[1] = 0;
-    return t->used;
-}
-
-// After every step of an evaluation or of training.
-static void step_done(Run *run, double work)
-{
-    Threads *t = &run->threads;
-    int settled = t->settled, n = t->most > 1 ? next_threads(t, seconds(), work) : omp_get_max_threads();
-    run->done += work;
-    if (n < omp_get_max_threads()) {                        // OpenMP ends threads that it does not need
-        #pragma omp parallel
-        if (omp_get_thread_num() >= n) free(packed_a), free(packed_b), packed_a = packed_b = NULL;
-    }
-    omp_set_num_threads(n);
-    if (t->settled == settled) return;
-    clear_line(run);
-    printf("threads: %d of %d are the fastest now\n", t->used, t->most);
-}
-
-// Where a loss or a gradient that is not finite comes from: the first broken one in the order in which they
-// are computed.
-static const char *broken_tensor(Run *run, char text[64])
-{
-    Model *model = &run->model;
-    const Layer *layer = model->acts.layer;
-    // the same: layers share their memory
-    for (size_t l = 1; l <= model->config.L && layer[l].x != layer[0].x; l++) {
-        size_t rows = l < model->config.L ? run->batch.all.n : run->batch.answer.n;
-        snprintf(text, 64, "the output of layer %zu", l - 1);
-        if (!all_finite(layer[l].x, rows * model->config.C)) return text;
-    }
-    // the gates, the last tensor, are a sum over another one
-    for (size_t i = model->all_tensors - 1; i-- > 0; ) {
-        const Tensor *t = &model->tensors[i];
-        snprintf(text, 64, "the gradient of %s", t->name);
-        if (t->grad && !all_finite(t->grad, t->n)) return text;
-    }
-    return "the loss";
-}
-
-static void print_row(const Run *run, const Row *row)
-{
-    printf("%-8s", run->label[row - run->row]);
-    if (isnan(row->density)) printf(" %8s", "-");
-    else printf(" %8.4f", row->density);
-    if (isnan(row->kept)) printf(" %6s %8s", "-", "-");
-    else printf(" %6.3f %8.3f", row->kept, row->flipped);
-    const Score *score = run->score + (size_t)(row - run->row) * run->evals;
-    for (size_t i = 0; i < run->evals; i++) printf("  %.4f +-%.4f", score[i].value, score[i].error);
-    printf(" %9s\n", duration(row->seconds));
-}
-
-// The rows so far, under their heading.
-static void print_table(const Run *run)
-{
-    printf("\n%-8s %8s %6s %8s", "round", "density", "kept", "flipped");
-    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
-        printf(" %15.*s", heading_width(eval->column), eval->column);
-    printf(" %9s\n", "time");
-    for (size_t i = 0; i < run->rows; i++) print_row(run, &run->row[i]);
-}
-
-// Saves every so often, and stops where the user asked to.
 static void save_if_due(Run *run)
 {
-    if (opt.save_every > 0 && seconds() - run->saved >= opt.save_every) save(run);
+    if (opt.save_every > 0 && seconds() - pace.saved >= opt.save_every) save(run);
     stop_if_asked(run);
 }
 
-static void after_update(Run *run, Pace *pace, size_t rows)
+static void step_done(double work)
 {
-    step_done(run, training_work(&run->model, mean_length(&run->data), pace->density) * (double)rows);
-    double now = seconds(), speed = (double)pace->tokens / (now - pace->began);
-    if (!run->forecast && now - pace->began > 2) {
-        clear_line(run);
+    pace.done += work;
+    if (!choose_threads(work)) return;
+    clear_line();
+    printf("threads: %d are the fastest now\n", omp_get_max_threads());
+}
+
+static double training_work(size_t tokens, double density)
+{
+    return pace.share * (double)tokens * (2 + (isnan(density) ? 1 : density));
+}
+
+static void after_update(Run *run, size_t pass, size_t t, size_t tokens)
+{
+    size_t updates = updates_before(run, pass + 1) - updates_before(run, pass);
+    double loss = run->loss[run->updates - 1], now;
+    pace.loss = pace.tokens ? 0.95 * pace.loss + 0.05 * loss : loss;
+    pace.tokens += tokens;
+    step_done(training_work(tokens, trained_density(&run->model)));
+    if (!pace.forecast && (now = seconds()) - pace.began > 2) {
+        clear_line();
         printf("forecast: %s for the whole run, at %.0f tokens/s\n",
-               duration((now - run->start) * run->work / run->done), speed);
-        run->forecast = 1;
+               duration((now - pace.start) * pace.work / pace.done),
+               (double)pace.tokens / (now - pace.began));
+        pace.forecast = 1;
     }
     save_if_due(run);
-    progress(run, pace->what, (double)pace->done / (double)pace->of, pace->loss, speed);
+    progress(label(run, pass), (double)t / (double)updates);
 }
 
-static void after_scores(Run *run, const Data *data, size_t done, size_t rows)
+static void after_scores(Run *run, const Data *data, size_t done, size_t tokens)
 {
-    step_done(run, forward_work(&run->model, mean_length(data)) * (double)rows);
+    step_done((double)tokens);
     stop_if_asked(run);
-    progress(run, data->column, (double)done / (double)data->examples, -1, 0);
+    progress(data->column, (double)done / (double)data->examples);
 }
 
-// Kept and flipped shares, over all and for each kind of matrix.
-static void report_pruning(Row *row, const Pruned *pruned, size_t count)
+// Evaluates the model as it is and adds the row to the table.
+static Row *add_row(Run *run)
 {
-    printf("  kept/flipped:");
-    for (size_t kind = 0; kind <= ADAPTED; kind++) {            // the last of them: all kinds
-        Pruned sum = { 0 };
-        for (size_t a = kind % ADAPTED; a < count; a += kind < ADAPTED ? ADAPTED : 1) {
-            sum.entries += pruned[a].entries;
-            sum.flipped += pruned[a].flipped;
-            sum.survivors += pruned[a].survivors;
-        }
-        row->kept = (double)sum.survivors / (double)max_size(sum.entries, 1);
-        row->flipped = (double)sum.flipped / (double)max_size(sum.entries, 1);
-        if (kind < ADAPTED) printf("  %s %.2f/%.2f", KIND[kind], row->kept, row->flipped);
-    }
-    printf("\n");
-}
-
-// The character of a token; '?' for one that has none.
-static char glyph(const Data *data, uint32_t token)
-{
-    for (const uint32_t *g = data->glyphs; g < data->glyphs + 2 * data->glyph_count; g += 2)
-        if (g[0] == token) return (char)g[1];
-    return '?';
-}
-
-// The first example of the target as the text that the model reads, with its answer.
-static void draw_example(Run *run)
-{
-    const Data *data = &run->eval[0];
-    if (!data->glyphs) return;
-    judge(&run->model, run->verdict, &run->batch, data, 0);
-    putchar('\n');
-    for (uint32_t t = 0; t < data->answer[0]; t++) {
-        char c = glyph(data, data_token(data, 0, t));
-        if (c != '?') putchar(c);
-    }
-    printf("\n  read as %c, is %c\n", glyph(data, run->verdict[0].said),
-           glyph(data, data_token(data, 0, data->answer[0])));
+    Row *row = &run->row[run->rows];
+    *row = (Row){ trained_density(&run->model), NAN, NAN, 0 };
+    pace.tokens = 0;
+    for (size_t i = 0; i < run->evals; i++)
+        run->score[run->rows * run->evals + i] = evaluate(run, &run->eval[i]);
+    clear_line();
+    pace.began = seconds();
+    row->seconds = pace.began - pace.start;
+    run->rows++;
+    return row;
 }
 
 // All that a run leaves in its folder, whatever its method.
@@ -3213,7 +3056,7 @@ static void load_data(Run *run)
     const char *base = opt.base;
     uint32_t V = run->model.config.V;
     size_t largest = 0;
-    if (opt.method != METHOD_EVAL) run->data = data_open(opt.data);
+    if (*opt.data) run->data = data_open(opt.data);
     if (run->data.V && run->data.V != V)
         die("%s has a vocabulary of %u, %s of %u", opt.data, run->data.V, base, V);
     if (run->data.choices) die("%s holds wrong choices, which nobody should learn: not for --data", opt.data);
@@ -3281,7 +3124,7 @@ static Largest largest_batch(const Run *run, size_t micro)
 {
     Largest b = { .N = micro * run->data.longest, .T = run->data.longest,
                   .M = micro * run->data.longest_answer };
-    if (opt.method == METHOD_EVAL) b.N = 2048;
+    if (!run->passes) b.N = 2048;
     for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++) {
         b.T = max_size(b.T, eval->longest);
         b.N = max_size(b.N, eval->longest);
@@ -3296,185 +3139,131 @@ static Largest largest_batch(const Run *run, size_t micro)
     return b;
 }
 
-// The share of the tokens that have a row of their own: in an evaluation set, or in training's first batches.
-static double row_share(Run *run, const Data *data)
-{
-    const Activations *acts = &run->model.acts;
-    size_t rows = 0, tokens = 0, micro = (size_t)opt.micro, most = pass_examples(run, run->passes);
-    if (data != &run->data) {
-        for (size_t e = 0; e < data->examples; rows += run->batch.all.n)
-            e += batch_fill(&run->batch, data, e, acts->N, acts->M, acts->K);
-        return (double)rows / (double)data->tokens;
-    }
-    visit_order(run->order, data, most, (uint64_t)opt.seed, 1);
-    for (size_t i = 0, n; i < most && i < 16 * micro; i += n) {
-        n = min_size(micro, most - i);
-        memcpy(run->batch.example, run->order + i, n * sizeof *run->order);
-        batch_lay(&run->batch, data, n);
-        rows += run->batch.all.n;
-        tokens += run->batch.K;
-    }
-    return tokens ? (double)rows / (double)tokens : 1;
-}
-
-// The operations of the whole run.
+// The work of the whole run. In the first batches it is counted how many tokens share the row of another.
 static void count_work(Run *run)
 {
     const Data *data = &run->data;
-    double density = 1, mean = mean_length(data), evaluations = (double)(run->passes + 1), share = 1;
-    for (Data *eval = run->eval; eval < run->eval + run->evals; eval++)
-        run->work += evaluations * forward_work(&run->model, mean_length(eval)) * (double)eval->tokens
-                     * (eval->metric == NUMBER ? 1 : row_share(run, eval));
-    if (run->passes) share = row_share(run, data);
+    size_t last = pass_examples(run, run->passes), rows = 0, tokens = 0;
+    size_t micro = opt.micro ? opt.micro : opt.batch;
+    double density = 1, passes = (double)run->passes;
+    if (run->passes) visit_order(run->order, data, last, opt.seed, 1);
+    for (size_t i = 0; run->passes && i < min_size(last, 16 * micro); i += micro) {
+        batch_lay(&run->batch, data, run->order + i, min_size(micro, last - i));
+        rows += run->batch.all.n;
+        tokens += run->batch.K;
+    }
+    pace.share = tokens ? (double)rows / (double)tokens : 1;
+    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
+        pace.work += (passes + 1) * (double)eval->tokens;
     for (size_t p = 1; p <= run->passes; p++, density *= 0.9 * opt.keep)            // a tenth flips, or so
-        run->work += training_work(&run->model, mean, density) * mean * share * (double)pass_examples(run, p);
-    printf("work     %.3g TFLOP in %zu passes and %zu evaluations, on %d threads",
-           1e-12 * run->work, run->passes, run->passes + 1, omp_get_max_threads());
-    if (share < 1) printf("; prompts begin alike: %.0f %% of the tokens are computed", 100 * share);
+        pace.work += training_work((size_t)(mean_length(data) * (double)pass_examples(run, p)), density);
+    printf("work     %zu passes and %zu evaluations, %.3g TFLOP, on %d threads", run->passes, run->passes + 1,
+           2e-12 * pace.work * (double)adapted_weights(&run->model), omp_get_max_threads());
+    if (pace.share < 1) printf("; prompts begin alike: %.0f %% of the tokens are computed", 100 * pace.share);
     printf("\n");
 }
 
-// What the run needs, printed, refused if it is not there, and only then allocated.
+// What the run needs, printed, refused if it is not there, and only then allocated. A pruned adapter has an
+// index, too, but at most four fifths of the entries.
 static void plan(Run *run)
 {
-    static const char *const there_is = "(free memory, limit of the cgroup, ulimit -v)";
     Model *model = &run->model;
     const Config *c = &model->config;
-    int full = opt.method == METHOD_FULL, training = opt.method != METHOD_EVAL;
-    size_t most = 0, held = run->data.held;
-    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++) held += eval->held;
-    if (opt.examples == 0) opt.examples = (double)run->data.examples;
-    if (opt.ticket_examples == 0) opt.ticket_examples = (double)run->data.examples;
-    if (opt.method == METHOD_RIGSA) run->passes = (size_t)opt.rounds + 1;
-    if (opt.method == METHOD_FULL) run->passes = 1;
+    int training = run->passes > 0;
+    size_t most = 0, held = run->data.tokens + 4 * run->data.examples;
+    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
+        held += eval->tokens + 4 * eval->examples;
+    if (opt.examples == 0) opt.examples = run->data.examples;
+    if (opt.ticket_examples == 0) opt.ticket_examples = run->data.examples;
     for (size_t p = 1; p <= run->passes; p++) most = max_size(most, pass_examples(run, p));
-    size_t micro = min_size((size_t)opt.micro, most);
-    Largest batch = largest_batch(run, micro);
+    Largest batch = largest_batch(run, min_size(opt.micro ? opt.micro : opt.batch, most));
     if (batch.T > c->context)
         printf("note: sequences of %zu tokens, the base was made for %u\n", batch.T, c->context);
 
     model->acts.recompute = opt.recompute;
     size_t weights = base_weights(model), adapted = adapted_weights(model);
-    size_t narrowed = precision == BF16 && !full ? adapted / 2 : 0;
-    size_t beside = values_in(model->tensors + model->base_tensors, model->tensors + model->all_tensors);
-    size_t adapter = training && !full ? beside : 0, trained = full ? weights : adapter;
-    size_t narrow = narrowed && c->dtype ? (weights - adapted) / 2 : 0;          // base_read
-    struct stat ticket;
-    // pruned, an entry has an index besides: 5 numbers where a dense one has 4
-    if (opt.method == METHOD_RIGSA && run->passes > 1)
-        adapter = (size_t)(fmax(1, 5 * opt.keep - 3) * (double)beside);
-    if (*opt.ticket && !stat(opt.ticket, &ticket)) adapter = (size_t)ticket.st_size / 4;
-    // the base in fp32 is in memory whole when it becomes narrow, but then gradients and moments are not yet
-    size_t later = adapter + 3 * trained;
-    size_t wide = narrowed && !c->dtype && weights > later ? weights - later : 0;
-    size_t acts = acts_layout(model, NULL, batch, training);
+    size_t halved = precision == BF16 && !method.trains_base ? adapted / 2 : 0;
+    size_t adapter = values_in(model->tensors + model->base_tensors, model->tensors + model->all_tensors);
+    size_t trained = !training ? 0 : method.trains_base ? weights : adapter;
+    size_t updates = updates_before(run, run->passes + 1);
     size_t packed = (size_t)omp_get_max_threads() * (PACKED_A + PACKED_B);
-    size_t updates = updates_before(run, run->passes + 1), bytes[] = { weights - narrowed + narrow, adapter,
-        trained, 2 * trained, acts, largest_matrix(&model->config) + packed + wide,
-        most + run->data.examples + 2 * updates, held / 4 };
-    const char *kind[] = { "weights", "adapter", "gradients", "moments", "activations", "scratch",
-                           "order and losses", "data" };
+    const struct { const char *what; size_t floats; } need[] = {
+        { "weights", weights - halved }, { "adapter", method.trains_base ? 0 : adapter },
+        { "gradients", trained }, { "moments", 2 * trained },
+        { "activations", acts_layout(model, NULL, batch, training) },
+        { "scratch", largest_matrix(c) + packed },
+        { "data", held + most + run->data.examples + 2 * updates } };
     double total = 0, there = 1e-6 * memory_available();
-    printf("\nmodel    %s: %zu weights, %u layers of %u, vocabulary %u; ",
-           model->base.name, weights, c->L, c->C, c->V);
-    printf("%zu of them in the %zu matrices to adapt\n", adapted, matrices(model));
+    printf("\nmodel    %s: %zu weights, %zu of them in %zu matrices to adapt; %u layers of %u, vocabulary %u\n",
+           model->base.name, weights, adapted, matrices(model), c->L, c->C, c->V);
     printf("memory  ");
-    for (int i = 0; i < 8; total += 4e-6 * (double)bytes[i++])
-        if (bytes[i]) printf(" %s %.1f,", kind[i], 4e-6 * (double)bytes[i]);
+    for (int i = 0; i < 7; total += 4e-6 * (double)need[i++].floats)
+        if (need[i].floats) printf(" %s %.1f,", need[i].what, 4e-6 * (double)need[i].floats);
     printf(" together %.1f MB\n", total);
     if (!isfinite(there)) printf("note: this system does not say how much memory is free\n");
-    if (total > there) {
-        if (!training) die("%.1f MB are needed, %.1f are there %s", total, there, there_is);
-        double others = total - 4e-6 * (double)acts, fits = total;
-        while (fits > there && micro > 1)
-            fits = others + 4e-6 * (double)acts_layout(model, NULL, largest_batch(run, micro /= 2), training);
-        die("%.1f MB are needed, %.1f are there %s; %s--micro %zu needs %.1f%s%s", total, there, there_is,
-            fits > there ? "even " : "", micro, fits, opt.recompute ? "" : ", --recompute saves more",
-            precision == BF16 ? "" : ", --precision bf16 too");
-    }
+    if (total > there)
+        die("%.1f MB are needed, %.1f are there (free memory, limit of the cgroup, ulimit -v)%s",
+            total, there, training ? "; a smaller --micro, --recompute and --precision bf16 save some" : "");
 #ifndef _OPENMP
     printf("note: built without OpenMP: one thread, and all loops slower\n");
 #endif
-    int threads = getenv("OMP_NUM_THREADS") ? 1 : omp_get_max_threads();
-    run->threads = (Threads){ .most = threads, .used = threads, .began = seconds() };
     acts_alloc(model, batch, training);
     run->batch = batch_alloc(batch.N, batch.M, batch.K);
     run->row = allocate(run->passes + 1, sizeof(Row));
     run->score = allocate((run->passes + 1) * run->evals, sizeof(Score));
     run->pruned = allocate(run->passes * matrices(model), sizeof(Pruned));
-    run->label = allocate(run->passes + 1, sizeof *run->label);
-    for (size_t p = 0; p < run->passes; p++) snprintf(run->label[p], sizeof *run->label, "%zu", p);
-    choice_word(run->label[run->passes], opt.method == METHOD_RIGSA ? "ticket" : METHODS, opt.method);
-    strcpy(run->label[0], *opt.ticket ? "ticket" : "base");
     run->loss = allocate(updates, sizeof(double));
     run->order = integers(most + run->data.examples);
     count_work(run);
 }
 
+// Everything up to the first update: of a new run, or of one that goes on.
 static void begin_training(Run *run)
 {
-    Model *model = &run->model;
-    char path[PATH_MAX];
+    char path[PATH_MAX], state[PATH_MAX];
+    File file;
+    output_path("state.bin", state);
     for (int i = 0, number[] = { SIGINT, SIGTERM }; i < 2; i++)     // nohup and background jobs ignore some
         if (signal(number[i], SIG_IGN) != SIG_IGN) signal(number[i], ask_to_stop);
     signal(SIGXFSZ, SIG_IGN);  // beyond ulimit -f is an error of write(), like a full disk
-    if (opt.resume) state_load(run, output_path("state.bin", path));
+    if (opt.resume) file = file_open(state, "stat"), state_load(run, &file);
     else start_folder(run);
     FILE *settings = file_begin(output_path("settings.txt", path));
     if (settings) fputs(run->settings, settings);
     must_write(path, file_end(settings, path));
-    run->saved = seconds();
+    pace.saved = pace.began = seconds();
     print_table(run);
     int begun = run->rows > 0;
-    size_t all = updates_before(run, run->passes + 1);
-    if (opt.resume) printf("resumed after update %zu of %zu\n", run->updates, all);
-    if (!begun) print_row(run, add_row(run, NAN));
-    if (opt.method > METHOD_EVAL) start_more(run);
-    else prepare_training(model);
-    if (begun) trained_load(model, output_path("state.bin", path));
-    else must_write(path, state_save(run, output_path("state.bin", path)));     // is the disk too small?
+    if (opt.resume)
+        printf("resumed after update %zu of %zu\n", run->updates, updates_before(run, run->passes + 1));
+    if (!begun) print_row(run, add_row(run));
+    method.start(run);
+    if (begun) trained_load(&run->model, &file);
+    else must_write(state, state_save(run, state));         // is the disk too small?
+    if (opt.resume) file_close(&file);
     must_write(opt.out, tables_save(run));                  // the state may be newer than they are
 }
 
-static void end_training(Run *run)
-{
-    char path[PATH_MAX];
-    if (opt.method > METHOD_EVAL) finish_more(run);
-    else if (opt.method == METHOD_FULL) base_save(&run->model, output_path("model.bin", path));
-    else ticket_save(&run->model, output_path("ticket.bin", path), run->settings);
-}
-
-// From the command line to the ticket.
-static void run_whole(Run *run, int argc, char **argv)
+// From the options to the ticket. (dev/evaluate.c does not use it.)
+__attribute__((unused)) static void train_whole(Run *run)
 {
     Model *model = &run->model;
-    run->settings = parse_options(argc, argv);
-    run->start = seconds();
-    run->terminal = isatty(1);
+    pace.start = seconds();
+    pace.terminal = isatty(1);
     File base = base_open(model, opt.base);
     load_data(run);
-    if (prepare_more) prepare_more(run);
+    method.prepare(run);
     if (!run->settings) run->settings = settings_text();
-    run->options = options_text(&run->options_size);
-    if (opt.method != METHOD_EVAL) take_folder();
+    take_folder();
     fputs(run->settings, stdout);
     plan(run);
-    base_read(model, &base, opt.method == METHOD_FULL);
+    base_read(model, &base, method.trains_base);
     run->hash[0] = model->base.hash;
-    if (opt.method == METHOD_EVAL) {
-        if (*opt.ticket) ticket_load(model, opt.ticket);
-        print_table(run), print_row(run, add_row(run, NAN));
-        if (run->passes) start_more(run), print_row(run, add_row(run, NAN));
-    } else train(run);
+    begin_training(run);
+    train(run);
     if (run->passes > 1) print_table(run);
     draw_example(run);
-    if (opt.method == METHOD_EVAL) return;
-    size_t n = adapter_entries(model), trained = model->trained;
-    if (opt.method == METHOD_RIGSA)
-        printf("\nticket: density %.4f, %zu entries, hash %016llx\n",
-               (double)n / (double)adapted_weights(model), n, (unsigned long long)ticket_hash(model));
-    else printf("\n%s: %zu values, hash %016llx\n", run->label[run->passes], trained,
-                (unsigned long long)hash64(trained_values(model), trained * sizeof(float)));
+    method.finish(run);
 }
 
 static void check_output(void)
@@ -3503,14 +3292,13 @@ static void begin_program(char **argv)
 #endif
 }
 
-#ifndef TESTING
-static void (*whole)(Run *run, int argc, char **argv);          // dev/evaluate.c's, in place of run_whole
-
+#ifdef STANDALONE
 int main(int argc, char **argv)
 {
     static Run run;
     begin_program(argv);
-    (whole ? whole : run_whole)(&run, argc, argv);
+    run.settings = parse_options(argc, argv);
+    train_whole(&run);
     return 0;
 }
 #endif

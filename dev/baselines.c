@@ -20,16 +20,20 @@
 //
 // Where each rule comes from, and the proofs that it is what its origin does: doc/baselines.md, dev/test_baselines.py.
 
+#include <stddef.h>
 #define PROGRAM "train_baselines"
 #define METHODS "rigsa|full|eval|lora|random|ltsft|rosa|dense"
+enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL, METHOD_LORA, METHOD_RANDOM, METHOD_LTSFT, METHOD_ROSA, METHOD_DENSE };
 enum { INIT_ZERO, INIT_GATED };
 enum { BASE_PLAIN, BASE_NF4 };
 static struct {
     char *lora;
-    int init, base_type, rest;
-    double density, rank, lora_alpha, lora_lr, mask_after;
+    int method, init, base_type, rest;
+    size_t rank, mask_after;
+    double density, lora_alpha, lora_lr;
 } more;                                     // options, beside the trainer's
-#define MORE_OPTIONS \
+#define METHOD_OPTIONS \
+    { "method", CHOICE, &more.method, METHODS, "rigsa", "what is trained; eval: only evaluate" }, \
     { "density", REAL, &more.density, "0 to 1", "0.0346", "share of the entries in the mask (random, ltsft, rosa)" }, \
     { "init", CHOICE, &more.init, "zero|gated", "zero", "random: DeltaW from zero, or random behind RIGSA's gate" }, \
     { "rest", CHOICE, &more.rest, "zero|init", "zero", "rigsa: where pruned entries stay: at zero, or where they began" }, \
@@ -39,9 +43,8 @@ static struct {
     { "lora", TEXT, &more.lora, "FILE", "", "lora: start from this adapter; eval: evaluate it, of RoSA with its --ticket" }, \
     { "base-type", CHOICE, &more.base_type, "plain|nf4", "plain", "lora, eval: W0 as it is, or in 4.127 bits (QLoRA)" }, \
     { "mask-after", COUNT, &more.mask_after, "0 to 1e9", "64", "rosa: updates of A and B before the mask is chosen" },
-#include "../train_rigsa.c"
+#include "evaluate.c"
 
-enum { METHOD_LORA = METHOD_EVAL + 1, METHOD_RANDOM, METHOD_LTSFT, METHOD_ROSA, METHOD_DENSE };
 enum { STREAM_MASK = 100, STREAM_LORA };    // of random numbers, after the trainer's
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ static float *thin;                         // (2, r, N), or (r, O): products wi
 // The rows of A and B^T of adapted matrix a are the last ones of the table.
 static Tensor *lora_tensor(Model *model, size_t a) { return &model->tensors[model->all_tensors - 2 * (matrices(model) - a)]; }
 
-static float lora_scale(void) { return more.lora_alpha > 0 ? (float)(more.lora_alpha / more.rank) : 1.0f; }
+static float lora_scale(void) { return more.lora_alpha > 0 ? (float)(more.lora_alpha / (double)more.rank) : 1.0f; }
 
 static void scale_values(float *to, const float *from, float s, size_t n)
 {
@@ -314,7 +317,7 @@ static const Adapter RESTING = { resting_weight, resting_gradient };
 
 static const float *rosa_weight(Model *model, Tensor *t)
 {
-    gated_adapter(model).weight(model, t);
+    rigsa_weight(model, t);
     return lora_add(model, t);
 }
 
@@ -392,7 +395,17 @@ static void mask_largest(Model *model, const float *score, double density, Thres
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Files: the `lora` kind (doc/model.md)
+// Files: a trained base, and the `lora` kind (doc/model.md)
+
+static void base_save(const Model *model, const char *path)
+{
+    Config config = model->config;
+    config.dtype = 0;
+    must_write(path, file_write(path, "base", (Section[]){
+        { "config", &config, sizeof config },
+        { "name", model->base.name, strlen(model->base.name) },
+        { "weights", model->base_arena, base_weights(model) * sizeof(float) } }, 3));
+}
 
 typedef struct { uint32_t rank; float alpha; } LoraShape;
 
@@ -431,8 +444,8 @@ static void lora_load(Model *model, const char *path)
 // ---------------------------------------------------------------------------------------------------------------------
 // The methods
 
-static int is_sparse(void) { return opt.method >= METHOD_RANDOM; }
-static int is_low_rank(void) { return opt.method == METHOD_LORA || opt.method == METHOD_ROSA || *more.lora; }
+static int is_sparse(void) { return more.method >= METHOD_RANDOM; }
+static int is_low_rank(void) { return more.method == METHOD_LORA || more.method == METHOD_ROSA || *more.lora; }
 
 // Before the plan counts the table: the rows of this method after those of the base. DeltaW and the gates if it is sparse, A and
 // B^T of every matrix if it has a rank.
@@ -441,40 +454,43 @@ static void prepare_baseline(Run *run)
     Model *model = &run->model;
     size_t all = adapted_weights(model), lora_rows = is_low_rank() ? 2 * matrices(model) : 0, both = 0;
     Tensor *end = model->tensors + model->base_tensors;
-    model->init.seed = (uint64_t)opt.seed;
+    model->init.seed = opt.seed;
     model->init.sigma = (float)opt.sigma;
     model->init.rest = (uint32_t)more.rest;
-    if (more.base_type == BASE_NF4 && ((opt.method != METHOD_LORA && opt.method != METHOD_EVAL) || *opt.ticket))
+    if (more.base_type == BASE_NF4 && ((more.method != METHOD_LORA && more.method != METHOD_EVAL) || *ticket_path))
         die("--base-type nf4 goes with --method lora or eval, and without --ticket");
-    if (more.init == INIT_GATED && opt.method != METHOD_RANDOM) die("--init gated goes with --method random");
-    if (*more.lora && opt.method != METHOD_LORA && opt.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
-    if (more.rest && opt.method != METHOD_RIGSA) die("--rest init goes with --method rigsa; a ticket knows it by itself");
+    if (more.init == INIT_GATED && more.method != METHOD_RANDOM) die("--init gated goes with --method random");
+    if (*more.lora && more.method != METHOD_LORA && more.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
+    if (more.rest && more.method != METHOD_RIGSA) die("--rest init goes with --method rigsa; a ticket knows it by itself");
     if (more.rest && opt.survivors == SURVIVORS_REDRAW)
         die("--rest init and --survivors redraw: a frozen entry would change its value at every redraw");
-    if (opt.method <= METHOD_FULL) return;
-    if (opt.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_PLAIN) return;
-    if (!given[option_find("weight-decay")] && opt.method != METHOD_DENSE && more.init != INIT_GATED) opt.weight_decay = 0;
+    run->passes = more.method == METHOD_EVAL ? 0 : more.method == METHOD_RIGSA ? opt.rounds + 1 : more.method == METHOD_LTSFT ? 2 : 1;
+    if (more.method == METHOD_FULL) {
+        if (!given[option_find("lr")]) opt.lr = 1e-3;
+        if (!given[option_find("weight-decay")]) opt.weight_decay = 0.1;
+    }
+    if (more.method <= METHOD_FULL || (more.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_PLAIN)) return;
+    if (!given[option_find("weight-decay")] && more.method != METHOD_DENSE && more.init != INIT_GATED) opt.weight_decay = 0;
     for (Tensor *t = model->tensors; t < end; t++) if (t->adapter >= 0) both += t->rows + t->cols;
     if (*more.lora && !opt.resume) {            // a run that goes on has its own values
         LoraShape shape = lora_shape(more.lora);
         more.rank = shape.rank, more.lora_alpha = shape.alpha;
     }
-    if (more.rank == 0) more.rank = fmax(1, floor(more.density * (double)all / (double)both + 0.5));
-    run->passes = opt.method == METHOD_LTSFT ? 2 : 1;
+    if (more.rank == 0) more.rank = (size_t)fmax(1, floor(more.density * (double)all / (double)both + 0.5));
 
-    size_t kept = is_sparse() || *opt.ticket ? model->all_tensors : model->base_tensors;
+    size_t kept = is_sparse() || *ticket_path ? model->all_tensors : model->base_tensors;
     Tensor *tensors = allocate(kept + lora_rows, sizeof(Tensor)), *t = tensors + kept;
     memcpy(tensors, model->tensors, kept * sizeof(Tensor));
     for (Tensor *w = model->tensors; lora_rows && w < end; w++) {
         if (w->adapter < 0) continue;
-        tensor_row(t++, (size_t)more.rank, w->cols, -1, "%.24s.A", w->name);
-        tensor_row(t++, (size_t)more.rank, w->rows, -1, "%.24s.B", w->name);
+        tensor_row(t++, more.rank, w->cols, -1, "%.24s.A", w->name);
+        tensor_row(t++, more.rank, w->rows, -1, "%.24s.B", w->name);
     }
     free(model->tensors);
     model->tensors = tensors;
     model->all_tensors = kept + lora_rows;
-    if (opt.method == METHOD_RANDOM) mask_random(model, more.density);
-    if (opt.method == METHOD_ROSA)
+    if (more.method == METHOD_RANDOM) mask_random(model, more.density);
+    if (more.method == METHOD_ROSA)
         for (size_t a = 0; a < matrices(model); a++) delta_tensor(model, a)->n = share(more.density, matrix_size(model, a));
 }
 
@@ -486,7 +502,7 @@ static int frozen_gates(void) { return is_sparse() && more.init != INIT_GATED; }
 static void start_trained(Model *model)
 {
     Tensor *first = model->tensors + model->base_tensors, *end = model->tensors + model->all_tensors;
-    if (*opt.ticket) first = lora_tensor(model, 0), model->value_arena = NULL;   // the rest: the ticket's
+    if (*ticket_path) first = lora_tensor(model, 0), model->value_arena = NULL;   // the rest: the ticket's
     values_alloc(model, first);
     for (Tensor *t = first; t < end; t++) {
         t->lr = (float)opt.lr;
@@ -519,19 +535,11 @@ static void start_baseline(Run *run)
     const Config *c = &model->config;
     size_t widest = max_size(max_size(c->C, c->F), (size_t)c->H * c->D);
     if (more.base_type == BASE_NF4) quantize_base(model);
-    if (opt.method == METHOD_ROSA && !model->index_arena) mask_random(model, 0);       // until rosa_mask
-    if (is_low_rank()) thin = floats((size_t)more.rank * max_size(2 * model->acts.N, widest));
-    int both = opt.method == METHOD_ROSA || *opt.ticket, gated = more.init == INIT_GATED;
+    if (more.method == METHOD_ROSA && !model->index_arena) mask_random(model, 0);       // until rosa_mask
+    if (is_low_rank()) thin = floats(more.rank * max_size(2 * model->acts.N, widest));
+    int both = more.method == METHOD_ROSA || *ticket_path, gated = more.init == INIT_GATED;
     model->adapter = both ? ROSA : is_low_rank() ? LORA : !is_sparse() ? NF4 : gated ? RIGSA : SPARSE;
     start_trained(model);
-}
-
-// All that is trained; a row's density is its share of the base's matrices.
-static size_t count_baseline(Model *model)
-{
-    size_t n = 0;
-    for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) if (t->grad) n += t->n;
-    return n;
 }
 
 // LT-SFT (Ansell et al. 2022): of a pass that trained everything, the entries that moved furthest.
@@ -548,16 +556,16 @@ static void ltsft_mask(Model *model)
 static void rosa_mask(Run *run)
 {
     Model *model = &run->model;
-    size_t batch = (size_t)opt.batch, count = (size_t)opt.ticket_examples, steps = (size_t)more.mask_after;
+    size_t batch = opt.batch, count = opt.ticket_examples, steps = more.mask_after;
     if ((steps + 1) * batch > count) die("--mask-after %zu: the last pass has fewer updates", steps);
     visit_order(run->order, &run->data, count, model->init.seed, 1);
     model->adapter = LORA;
     while (run->warm < steps) {
         size_t done = (size_t)run->warm;
-        update(run, "mask", done + 1, (count + batch - 1) / batch, run->order + done * batch, batch);
+        update(run, 1, done + 1, run->order + done * batch, batch);
         run->warm++;
         save_if_due(run);
-        progress(run, "mask", (double)run->warm / (double)steps, -1, 0);
+        progress("mask", (double)run->warm / (double)steps);
     }
     squares = floats(adapted_weights(model));
     model->adapter = SQUARES;
@@ -572,8 +580,8 @@ static void rosa_mask(Run *run)
 static void start_pass(Run *run, size_t pass)
 {
     Model *model = &run->model;
-    int ltsft = opt.method == METHOD_LTSFT && pass == 2 && !model->index_arena;
-    int rosa = opt.method == METHOD_ROSA && run->warm <= (uint64_t)more.mask_after;
+    int ltsft = more.method == METHOD_LTSFT && pass == 2 && !model->index_arena;
+    int rosa = more.method == METHOD_ROSA && run->warm <= more.mask_after;
     if (ltsft) ltsft_mask(model);
     if (rosa) rosa_mask(run);
     if (ltsft || rosa) start_trained(model);
@@ -583,11 +591,66 @@ static void start_pass(Run *run, size_t pass)
 static void finish_baseline(Run *run)
 {
     char path[PATH_MAX];
-    if (is_sparse()) ticket_save(&run->model, output_path("ticket.bin", path), run->settings);
-    if (is_low_rank()) lora_save(&run->model, output_path("lora.bin", path), run->settings);
+    Model *model = &run->model;
+    if (is_sparse()) ticket_save(model, output_path("ticket.bin", path), run->settings);
+    if (is_low_rank()) lora_save(model, output_path("lora.bin", path), run->settings);
+    if (method.trains_base) base_save(model, output_path("model.bin", path));
+    printf("\n%s: %zu values, hash %016llx\n", method.name, model->trained,
+           (unsigned long long)hash64(model->value_arena, model->trained * sizeof(float)));
 }
 
-static void (*prepare_more)(Run *run) = prepare_baseline, (*start_more)(Run *run) = start_baseline;
-static void (*pass_more)(Run *run, size_t pass) = start_pass, (*finish_more)(Run *run) = finish_baseline;
-static size_t (*count_more)(Model *model) = count_baseline;
+// Full fine-tuning: every weight is trained. It is how a base is made, too, and what forgetting looks like.
+static void start_full(Run *run)
+{
+    Model *model = &run->model;
+    Tensor *end = model->tensors + model->base_tensors;
+    trained_arenas(model, model->tensors, end);
+    model->value_arena = model->base_arena;
+    for (Tensor *t = model->tensors; t < end; t++) {
+        t->lr = (float)opt.lr;
+        t->decay = t->rows > 1 ? (float)opt.weight_decay : 0;
+    }
+}
+
+static void start_rigsa(Run *run)
+{
+    rigsa_start(run);
+    if (more.rest) run->model.adapter = RESTING;
+}
+
+// What is evaluated with the base: a ticket, the base in NF4, an adapter of low rank, or of RoSA both.
+static void start_eval(Run *run)
+{
+    if (!*more.lora && more.base_type == BASE_PLAIN) { start_ticket(run); return; }
+    if (*more.lora) first_label = "lora";
+    if (*ticket_path) ticket_load(&run->model, ticket_path);
+    start_baseline(run);
+}
+
+#define BASELINE(name) { name, prepare_baseline, start_baseline, start_pass, NULL, finish_baseline, 0 }
+static Method method_of[] = {
+    { "ticket", prepare_baseline, start_rigsa, NULL, rigsa_end_pass, rigsa_finish, 0 },
+    { "full", prepare_baseline, start_full, NULL, NULL, finish_baseline, 1 },
+    { "eval", prepare_baseline, start_eval, NULL, NULL, NULL, 0 },
+    BASELINE("lora"), BASELINE("random"), BASELINE("ltsft"), BASELINE("rosa"), BASELINE("dense") };
+
 static const Adapter *resting = &RESTING;
+
+static void baselines_program(Run *run, int argc, char **argv)
+{
+    run->settings = parse_options(argc, argv);
+    if (more.method != METHOD_EVAL && *ticket_path) die("--ticket goes with --method eval");
+    method = method_of[more.method];
+    if (more.method == METHOD_EVAL) evaluate_whole(run);
+    else train_whole(run);
+}
+
+#ifndef TESTING
+int main(int argc, char **argv)
+{
+    static Run run;
+    begin_program(argv);
+    baselines_program(&run, argc, argv);
+    return 0;
+}
+#endif

@@ -153,7 +153,7 @@ static double one_step(Run *run, size_t t)
     leave(4.0 * (double)trained);
     model_forward(model, &run->batch);
     enter(IN_HEAD);
-    loss = head_forward_backward(model, &run->batch, 1, 1.0f / (float)M) / (double)M;
+    loss = head_forward_backward(model, &run->batch, 1.0f / (float)M) / (double)M;
     leave(4.0 * (double)(M * c->C * c->V));
     model_backward(model, &run->batch);
     enter(IN_UPDATE);

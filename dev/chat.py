@@ -103,7 +103,7 @@ def main():
     parser = argparse.ArgumentParser(description="Asks a model, and what training made of it, side by side.")
     parser.add_argument("model", metavar="MODEL", help="the folder or name that dev/export_hf.py was given")
     adapted = parser.add_mutually_exclusive_group()
-    adapted.add_argument("--ticket", metavar="FILE", help="ticket.bin, or model.bin of --method full")
+    adapted.add_argument("--ticket", metavar="FILE", help="ticket.bin, or model.bin of train_baselines --method full")
     adapted.add_argument("--merged", metavar="FOLDER", help="a model that dev/import_hf.py made")
     parser.add_argument("--tokens", type=int, default=200, metavar="N",
                         help="that an answer may have; default: 200")

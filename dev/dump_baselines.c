@@ -31,8 +31,8 @@ static void dump(Run *run)
     Model *model = &run->model;
     Section sections[SECTIONS];
     char path[PATH_MAX];
-    if (opt.method == METHOD_ROSA) mask_random(model, more.density);
-    if (opt.method != METHOD_RIGSA) start_baseline(run);
+    if (more.method == METHOD_ROSA) mask_random(model, more.density);
+    if (more.method != METHOD_RIGSA) start_baseline(run);
     for (size_t i = model->base_tensors; i < model->all_tensors; i++) {
         Tensor *t = &model->tensors[i];
         for (size_t k = 0; t->grad && k < t->n; k++) t->value[k] = normal(random_key(7, 7, i, 0), k, 0.3f);
@@ -45,12 +45,12 @@ static void dump(Run *run)
         append(VALUES, t->value, t->n, sizeof(float));
         if (t->grad) append(GRADIENTS, t->grad, t->n, sizeof(float));
     }
-    for (size_t a = 0; (is_sparse() || opt.method == METHOD_RIGSA) && a < matrices(model); a++) {
+    for (size_t a = 0; (is_sparse() || more.method == METHOD_RIGSA) && a < matrices(model); a++) {
         const Tensor *delta = delta_tensor(model, a);
         uint64_t entries = delta->n;
         append(ENTRIES, &entries, 1, sizeof entries);
         if (delta->index) append(INDEX, delta->index, entries, sizeof(uint32_t));
-        for (size_t i = 0; opt.method == METHOD_RIGSA && i < delta->rows * delta->cols; i++) {
+        for (size_t i = 0; more.method == METHOD_RIGSA && i < delta->rows * delta->cols; i++) {
             float value = normal(delta_key(model, a), i, model->init.sigma);
             append(INITIAL, &value, 1, sizeof value);
         }
@@ -76,8 +76,9 @@ int main(int argc, char **argv)
 {
     static Run run;
     begin_program(argv);
-    start_more = dump;
-    run_whole(&run, argc, argv);            // does not come back from a baseline's start
-    dump(&run);
+    for (int m = METHOD_LORA; m <= METHOD_DENSE; m++) method_of[m].start = dump;    // no pass is trained
+    method_of[METHOD_EVAL].start = dump;
+    method_of[METHOD_RIGSA].finish = dump;
+    baselines_program(&run, argc, argv);
     return 0;
 }

@@ -11,12 +11,55 @@
 // lm-evaluation-harness. That nothing of this is in the trainer has a reason: a table after every round
 // should cost little, and 500 answers of GSM8k take an estimated 40 minutes.
 
+#ifndef PROGRAM             // dev/baselines.c, which includes this file, has another name and a main of its own
 #define PROGRAM "evaluate_rigsa"
-#define METHODS "rigsa|full|eval"
-#define MORE_OPTIONS \
+#define METHOD_OPTIONS
+#define ALONE
+#endif
+#define MORE_OPTIONS METHOD_OPTIONS \
+    { "ticket", TEXT, &ticket_path, "FILE", "", "evaluate the base with this adapter" }, \
     { "details", TEXT, &details_path, "FILE", "", "what the model makes of every example, as JSON lines" },
-static char *details_path;
+static char *ticket_path, *details_path;
 #include "../train_rigsa.c"
+
+// -----------------------------------------------------------------------------------------------------------
+// Tickets
+
+static const Adapter *resting;      // dev/baselines.c: where pruned entries rest at their initial values
+
+// An adapter belongs to the base that it was trained on.
+static void check_base(const Model *model, const File *file)
+{
+    size_t length;
+    uint64_t *base = section(file, "base", 1, &length);
+    if (!base || length < 8) die("%s: does not name its base", file->path);
+    if (*base != model->base.hash)
+        die("%s: made for the base `%.*s` (%016llx), not for `%s` (%016llx)", file->path,
+            (int)min_size(length - 8, 63), (const char *)(base + 1), (unsigned long long)*base,
+            model->base.name, (unsigned long long)model->base.hash);
+    free(base);
+}
+
+static void ticket_load(Model *model, const char *path)
+{
+    File file = file_open(path, "tick");
+    check_base(model, &file);
+    needed_at(&model->init, &file, "init", 1, sizeof(Init));
+    if (model->init.rest > 1 || !(model->init.sigma >= 0 && model->init.sigma < INFINITY))
+        die("%s: damaged section `init`", path);
+    if (model->init.rest && !resting)
+        die("%s: made with --rest init; ./train_baselines --method eval --ticket %s reads it", path, path);
+    mask_load(model, &file, matrices(model));
+    size_t n = adapter_entries(model), at = 0;
+    free(model->value_arena);
+    model->value_arena = floats(n + matrices(model));
+    numbers_at(model->value_arena, &file, "values", n);
+    numbers_at(model->value_arena + n, &file, "gates", matrices(model));
+    for (Tensor *t = delta_tensor(model, 0); t <= gates_tensor(model); at += t++->n)
+        t->value = model->value_arena + at;
+    model->adapter = model->init.rest ? *resting : RIGSA;
+    file_close(&file);
+}
 
 // -----------------------------------------------------------------------------------------------------------
 // Data: what an evaluation by generation has besides (doc/model.md)
@@ -193,7 +236,7 @@ static void lay_slots(Batch *batch, Slot slot[SLOTS], size_t *next, const Data *
         if (!g->live && *next < data->examples) {
             size_t e = (*next)++;
             *g = (Slot){ .example = e, .token = g->token, .live = 1 };
-            for (; g->n < data->answer[e]; g->n++) g->token[g->n] = data_token(data, e, g->n);
+            for (; g->n < data->answer[e]; g->n++) g->token[g->n] = tokens_of(data, e)[g->n];
         }
         batch->all.start[s] = (uint32_t)batch->all.n;
         batch->answer.start[s] = (uint32_t)batch->answer.n;
@@ -221,7 +264,7 @@ static size_t generate(Run *run, Batch *batch, Slot slot[SLOTS], size_t *next, c
     size_t done = 0;
     lay_slots(batch, slot, next, data, acts->N, acts->T);
     model_forward(model, batch);
-    head_forward_backward(model, batch, 0, 0);
+    head_forward_backward(model, batch, 0);
     for (size_t s = 0; s < SLOTS; s++) {
         Slot *own = &slot[s];
         size_t i = batch->answer.start[s], e = own->example, prompt = data->answer[e];
@@ -245,7 +288,6 @@ static size_t generate(Run *run, Batch *batch, Slot slot[SLOTS], size_t *next, c
 static Score evaluate_generation(Run *run, const Generation *g, const Details *details)
 {
     const Data *data = g->data;
-    double work = forward_work(&run->model, mean_length(data));
     Batch batch = run->batch;
     Slot slot[SLOTS] = { 0 };
     size_t next = 0;
@@ -255,8 +297,8 @@ static Score evaluate_generation(Run *run, const Generation *g, const Details *d
     for (int s = 0; s < SLOTS; s++) slot[s].token = token + (size_t)s * data->longest;
     for (size_t done = 0; done < data->examples; ) {
         done += generate(run, &batch, slot, &next, g, text, details);
-        run->done += work * (double)batch.all.n;
-        progress(run, data->column, (double)done / (double)data->examples, -1, 0);
+        pace.done += (double)batch.all.n;
+        progress(data->column, (double)done / (double)data->examples);
     }
     free(batch.key_place);
     free(token);
@@ -267,34 +309,6 @@ static Score evaluate_generation(Run *run, const Generation *g, const Details *d
 // -----------------------------------------------------------------------------------------------------------
 // The program
 
-static const char ACCEPTED[] = "base|ticket|eval|precision|details|overwrite";     // of the trainer's options
-
-static void evaluation_usage(void)
-{
-    printf("Scores a base, or a base with a ticket.\n\n    ./" PROGRAM " [--option value ...]\n\n"
-           "  --base FILE           the model (default " NANO "base.bin)\n"
-           "  --ticket FILE         with this adapter\n"
-           "  --eval FILE           evaluation set; repeatable (default: those of " NANO ")\n"
-           "  --precision fp32|bf16 of products (default fp32)\n"
-           "  --details FILE        what the model makes of every example, as JSON lines\n"
-           "  --overwrite           replace that file\n");
-    exit(0);
-}
-
-// parse_options, for `--method eval` and the options that mean something there.
-static void evaluation_options(int argc, char **argv)
-{
-    char **words = allocate((size_t)argc + 3, sizeof *words);
-    words[0] = argv[0], words[1] = "--method", words[2] = "eval";
-    for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--help")) evaluation_usage();
-        if (!strncmp(argv[i], "--", 2) && choice_place(ACCEPTED, argv[i] + 2) < 0)
-            die("unknown option `%s`; ./" PROGRAM " --help lists them all", argv[i]);
-        words[i + 2] = argv[i];
-    }
-    parse_options(argc + 2, words);
-}
-
 // W takes W0's place for good: generation would form it again for every token. Not in bf16, where W,
 // rounded once more, would lose what a small gate adds.
 static void merge(Model *model)
@@ -303,6 +317,14 @@ static void merge(Model *model)
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
         if (t->adapter >= 0) memcpy(t->value, model->adapter.weight(model, t), t->n * sizeof(float));
     model->adapter = PLAIN;
+}
+
+static void start_ticket(Run *run)
+{
+    if (!*ticket_path) return;
+    first_label = "ticket";
+    ticket_load(&run->model, ticket_path);
+    merge(&run->model);
 }
 
 // The score on evaluation set i, with its details: of generated examples in the order in which they end,
@@ -319,38 +341,80 @@ static Score evaluate_set(Run *run, size_t i, const Generation *g, const Details
     return score;
 }
 
-// From the command line to the row of the table. As run_whole of the trainer, with nothing trained or drawn.
-static void evaluate_whole(Run *run, int argc, char **argv)
+// From the options to the row of the table, of a method without passes.
+static void evaluate_whole(Run *run)
 {
     Model *model = &run->model;
     Generation generation[MAX_EVALS] = { 0 };
     generation_room = slots_room;
-    evaluation_options(argc, argv);
-    run->start = seconds();
-    run->terminal = isatty(1);
+    opt.data = (char *)"";
+    pace.start = seconds();
+    pace.terminal = isatty(1);
     File base = base_open(model, opt.base);
     load_data(run);
     for (size_t i = 0; i < run->evals; i++)
         if (run->eval[i].metric == NUMBER) generation[i] = generation_open(&run->eval[i], opt.evals[i]);
     Details details = { .f = details_open() };
+    method.prepare(run);
     plan(run);
     base_read(model, &base, 0);
-    if (*opt.ticket) ticket_load(model, opt.ticket), merge(model);
+    method.start(run);
     print_table(run);
     Row *row = run->row;
-    *row = (Row){ .density = NAN, .kept = NAN, .flipped = NAN };
-    details.round = run->label[0];
+    *row = (Row){ NAN, NAN, NAN, 0 };
+    details.round = first_label;
     for (size_t i = 0; i < run->evals; i++) {
         if (details.f) details.hash = file_hash(opt.evals[i]);
         run->score[i] = evaluate_set(run, i, &generation[i], &details);
     }
-    row->seconds = seconds() - run->start;
-    clear_line(run);
+    row->seconds = seconds() - pace.start;
+    clear_line();
     if (details.f && (ferror(details.f) || fclose(details.f)))
         die("%s: cannot be written: %s", details_path, strerror(errno));
     print_row(run, row);
+    draw_example(run);
 }
 
-#ifndef TESTING
-static void (*whole)(Run *run, int argc, char **argv) = evaluate_whole;
+static const char ACCEPTED[] = "base|ticket|eval|precision|details|overwrite";     // of the trainer's options
+
+static void evaluation_usage(void)
+{
+    printf("Scores a base, or a base with a ticket.\n\n    ./" PROGRAM " [--option value ...]\n\n"
+           "  --base FILE           the model (default " NANO "base.bin)\n"
+           "  --ticket FILE         with this adapter\n"
+           "  --eval FILE           evaluation set; repeatable (default: those of " NANO ")\n"
+           "  --precision fp32|bf16 of products (default fp32)\n"
+           "  --details FILE        what the model makes of every example, as JSON lines\n"
+           "  --overwrite           replace that file\n");
+    exit(0);
+}
+
+static void evaluation_options(int argc, char **argv)
+{
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help")) evaluation_usage();
+        if (!strncmp(argv[i], "--", 2) && choice_place(ACCEPTED, argv[i] + 2) < 0)
+            die("unknown option `%s`; ./" PROGRAM " --help lists them all", argv[i]);
+    }
+    parse_options(argc, argv);
+}
+
+static void prepare_nothing(Run *run) { (void)run; }
+
+// What main does.
+__attribute__((unused)) static void evaluate_program(Run *run, int argc, char **argv)
+{
+    evaluation_options(argc, argv);
+    method = (Method){ .prepare = prepare_nothing, .start = start_ticket };
+    evaluate_whole(run);
+}
+
+#ifdef ALONE
+int main(int argc, char **argv)
+{
+    static Run run;
+    begin_program(argv);
+    evaluate_program(&run, argc, argv);
+    return 0;
+}
 #endif

@@ -79,7 +79,7 @@ __attribute__((noreturn)) static void our_exit(void) { longjmp(refused, 1); }
 #define exit(status) our_exit()
 #undef stderr
 #define stderr quiet
-#include "evaluate.c"
+#include "baselines.c"
 #undef open
 #undef close
 #undef free
@@ -87,7 +87,7 @@ __attribute__((noreturn)) static void our_exit(void) { longjmp(refused, 1); }
 
 static const Config CONFIG = {
     .C = 4, .F = 6, .L = 1, .H = 2, .KV = 1, .D = 2, .V = 8, .context = 16, .tied = 1, .theta = 1e4f, .eps = 1e-5f };
-#define SAVED "batch\0" "2\0eval\0/eval"
+#define SAVED "batch            2\neval             eval\n"
 static unsigned long executions, accepted;
 
 #define REQUIRE(condition) do { if (!(condition)) __builtin_trap(); } while (0)
@@ -96,15 +96,16 @@ static unsigned long executions, accepted;
 static void make_run(Run *run)
 {
     Model *model = &run->model;
-    *run = (Run){ .passes = 3, .work = 1e9, .evals = 1, .settings = (char *)"settings" };
+    *run = (Run){ .passes = 3, .evals = 1, .settings = (char *)SAVED };
     *model = (Model){ .config = CONFIG, .base = { 1, "fuzz" } };
     build_table(model);
     size_t n = 0, at = 0;
     for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
     model->base_arena = floats(n);
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; at += t++->n) t->value = model->base_arena + at;
+    settings_folder = (char *)"/";
     opt = (Options){ .base = (char *)"base", .data = (char *)"data", .evals = { (char *)"eval" }, .out = (char *)"out",
-                     .ticket = (char *)"", .method = METHOD_RIGSA, .batch = 2, .examples = 6, .ticket_examples = 6, .sigma = 0.1 };
+                     .batch = 2, .examples = 6, .ticket_examples = 6, .sigma = 0.1 };
     run->row = allocate(run->passes + 1, sizeof(Row));
     run->score = allocate(run->passes + 1, sizeof(Score));
     run->pruned = allocate(run->passes * matrices(model), sizeof(Pruned));
@@ -140,7 +141,7 @@ static void use_pieces(Data *data)
     for (size_t e = 0; e < data->examples; e++) {
         size_t n = min_size(g.limit, data->length[e] - data->answer[e]);
         uint32_t *token = integers(n);
-        for (size_t i = 0; i < n; i++) token[i] = data_token(data, e, data->answer[e] + i);
+        for (size_t i = 0; i < n; i++) token[i] = tokens_of(data, e)[data->answer[e] + i];
         REQUIRE(data->answer[e] + n <= data->longest);
         char *text = allocate(n * g.longest_piece + 1, 1);
         write_text(text, &g, token, n);
@@ -158,7 +159,7 @@ static void use_data(void)
     for (size_t e = 0; e < data.examples; e++) {                                    // each beside the next one
         size_t n = min_size(2, data.examples - e);
         for (size_t i = 0; i < n; i++) batch.example[i] = (uint32_t)(e + i);
-        batch_lay(&batch, &data, n);
+        batch_lay(&batch, &data, batch.example, n);
         REQUIRE(batch.answer.n >= n && batch.all.n <= batch.K && batch.K <= 2 * data.longest);
         for (size_t i = 0; i < batch.all.n; i++) REQUIRE(batch.token[i] < data.V);
         for (size_t k = 0; k < batch.K; k++) REQUIRE(batch.key_row[k] < batch.all.n);
@@ -182,23 +183,26 @@ static void use_state(void)
     static Run run;
     make_run(&run);
     memset(given, 0, sizeof given);
+    more.method = METHOD_RIGSA;
     size_t size;
     File file = file_open("input", "stat");
-    char *saved = section(&file, "options", 1, &size);
+    char *saved = section(&file, "settings", 1, &size);
     if (!saved) die("nothing is saved");
-    options_resume(saved, size, 0), options_resume(saved, size, 1);
+    settings_resume(saved);
+    int full = more.method == METHOD_FULL;
     make_run(&run);
-    if (memmem(input, input_size, "fuzz full", 9)) opt.method = METHOD_FULL;
-    run.passes = opt.method == METHOD_FULL ? 1 : run.passes;
-    prepare_training(&run.model);
-    state_load(&run, "input");
-    trained_load(&run.model, "input");
+    method = method_of[full ? METHOD_FULL : METHOD_RIGSA];
+    run.passes = full ? 1 : run.passes;
+    method.start(&run);
+    state_load(&run, &file);
+    trained_load(&run.model, &file);
     REQUIRE(run.rows <= run.passes + 1 && run.updates <= updates_before(&run, run.passes + 1));
-    if (opt.method == METHOD_RIGSA) use_adapter(&run.model);
+    if (!full) use_adapter(&run.model);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
 {
+    (void)baselines_program, (void)begin_program;
     input = bytes;
     input_size = size;
     executions++;
@@ -296,7 +300,6 @@ static void write_seeds(const char *folder)
 {
     static Run run;
     char path[PATH_MAX];
-    const char *settings = "fuzz";
     const uint32_t vocab[] = { 8, 4 }, length[] = { 4, 3, 3 }, answer[] = { 2, 2, 1 }, token[] = { 1, 2, 3, 4, 5, 6, 7, 0, 1, 2 };
     const uint32_t choices[] = { 3 }, gold[] = { 1 }, chars[] = { 4, 5, 6 }, glyphs[] = { 1, '1' }, limit[] = { 3 }, end[] = { 0 };
     const char stop[] = "\n\0Q:";
@@ -310,10 +313,9 @@ static void write_seeds(const char *folder)
         snprintf(path, sizeof path, "%s/%s", folder, name[i]);
         make_run(&run);
         Model *model = &run.model;
-        run.settings = (char *)(i == 8 ? "fuzz full" : settings);
-        run.options = (char *)SAVED, run.options_size = sizeof SAVED;
+        run.settings = (char *)(i == 8 ? SAVED "method           full\n" : SAVED);
         run.rows = 1, run.updates = 2;
-        opt.method = i == 8 ? METHOD_FULL : METHOD_RIGSA;
+        method = method_of[i == 8 ? METHOD_FULL : METHOD_RIGSA];
         for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
             for (size_t k = 0; k < t->n; k++) t->value[k] = normal(3, k, 0.5f);
         if (i == 0) { base_save(model, path); continue; }
@@ -329,9 +331,9 @@ static void write_seeds(const char *folder)
             continue;
         }
         Pruned pruned[ADAPTED];
-        prepare_training(model);
+        method.start(&run);
         if (i == 6 || i == 7) prune(model, pruned, 0.3, THRESHOLD_MATRIX, SURVIVORS_REWIND);
-        if (i < 7) ticket_save(model, path, settings);
+        if (i < 7) ticket_save(model, path, "fuzz");
         else state_save(&run, path);
     }
 }

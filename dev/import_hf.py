@@ -2,7 +2,7 @@
 Takes what train_rigsa made of a Hugging Face model back to Hugging Face.
 
     python dev/import_hf.py MODEL out/ticket.bin merged              the model with the ticket in its weights
-    python dev/import_hf.py MODEL out/model.bin tuned                after --method full: the model with these weights
+    python dev/import_hf.py MODEL out/model.bin tuned                after train_baselines --method full: the model with these weights
     python dev/import_hf.py MODEL out/ticket.bin adapter --peft      the ticket as an adapter for PEFT
 
 MODEL is what dev/export_hf.py was given, or the folder that it made with --hf. A merged folder has the files
@@ -115,7 +115,7 @@ class Ticket:
 
 class Tuned:
     """
-    All weights, in a base file that --method full wrote. ValueError, in one line, where the model is another.
+    All weights, in a base file that train_baselines --method full wrote. ValueError, in one line, where the model is another.
     """
 
     def __init__(self, path, sections, config):
@@ -210,7 +210,7 @@ def take_back(model, trained_path, out, dtype, peft):
 def main():
     parser = argparse.ArgumentParser(description="A ticket of train_rigsa, back in a Hugging Face model.")
     parser.add_argument("model", metavar="MODEL", help="what dev/export_hf.py was given")
-    parser.add_argument("trained", metavar="TICKET", help="ticket.bin, or model.bin of --method full")
+    parser.add_argument("trained", metavar="TICKET", help="ticket.bin, or model.bin of train_baselines --method full")
     parser.add_argument("out", metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the merged weights; default: fp32")
     parser.add_argument("--peft", action="store_true", help="make an adapter for PEFT instead of a merged model")

@@ -62,7 +62,7 @@ valgrind_() {       # which knows no AVX-512
 # libgomp is not built for ThreadSanitizer, which does not see its barriers; clang's runtime tells it of them (libarcher). It sees
 # no access wider than 16 bytes, so the vectors are those of baseline x86-64.
 threads() {
-    clang -O1 -g -march=x86-64 $strict $parallel -fsanitize=thread -o "$work/train" train_rigsa.c -lm
+    clang -O1 -g -march=x86-64 $strict $parallel -fsanitize=thread -o "$work/train" dev/baselines.c -lm
     echo "called_from_lib:libomp.so" > "$work/suppressions"
     while read -r options; do
         OMP_NUM_THREADS=2 KMP_BLOCKTIME=0 TSAN_OPTIONS="suppressions=$work/suppressions exitcode=9" "$work/train" --batch 4 \

@@ -68,11 +68,15 @@ def read_rows(folder, name):
 
 
 def read_settings(folder):
-    """settings.txt as a dict."""
+    """settings.txt as a dict, name -> value; of what is there several times, a value a line."""
     path = os.path.join(folder, "settings.txt")
     try:
         with open(path, encoding="utf-8") as file:
-            return dict((line.rstrip("\n").split(maxsplit=1) + [""])[:2] for line in file)
+            settings = {}
+            for line in file:
+                name, value = line[:16].strip(), line[17:].rstrip("\n")
+                settings[name] = f"{settings[name]}\n{value}" if name in settings else value
+            return settings
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; name the folder that train_rigsa was given as "
                          "--out") from None
@@ -96,13 +100,13 @@ class Run:
         self.sets = [name.removesuffix("_error") for name in self.table[0] if name.endswith("_error")]
         self.pruning = read_rows(folder, "pruning.csv")
         self.data = {}
-        for path in self.settings["eval"].split():
+        for path in self.settings["eval"].split("\n"):
             examples = self.try_to(lambda: read_examples(path))
             if examples and examples.get("column") in self.sets:
                 self.data[examples["column"]] = examples
         self.ticket, self.matrices = None, []
         ticket_path = os.path.join(folder, "ticket.bin")
-        if self.settings["method"] == "rigsa" and os.path.exists(ticket_path):
+        if self.settings.get("method", "rigsa") == "rigsa" and os.path.exists(ticket_path):
             base = self.try_to(lambda: read_base(self.settings["base"]))
             if base:
                 config, _, _ = base
@@ -543,7 +547,7 @@ def settings_section(run):
 
 def heading(run):
     """One sentence on what was done."""
-    method = run.settings["method"]
+    method = run.settings.get("method", "rigsa")
     name = {"rigsa": "RIGSA", "full": "full fine-tuning", "eval": "evaluation"}.get(method, method)
     seconds = float(run.table[-1]["seconds"])
     unit, size = ("s", 1) if seconds < 120 else ("min", 60) if seconds < 7200 else ("h", 3600)

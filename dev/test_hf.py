@@ -502,11 +502,11 @@ class Merge(Folder):
         self.assertEqual(AutoModelForCausalLM.from_pretrained(self.path("fp32"), dtype="auto").dtype, torch.float32)
 
     def train(self, base, method):
-        """What train_rigsa makes of random examples."""
+        """What a method makes of random examples."""
         vocab = rigsa_file.unpack_config(rigsa_file.read_file(base, "base")["config"])["vocab"]
         data = self.path("train.bin")
         rigsa_file.write_file(data, "data", rigsa_file.data_sections(vocab, examples(vocab)))
-        subprocess.run([os.path.join(TOP, "train_rigsa"), "--base", base, "--data", data, "--eval", self.evaluation(base), "--out",
+        subprocess.run([os.path.join(TOP, "train_baselines"), "--base", base, "--data", data, "--eval", self.evaluation(base), "--out",
                         self.path(method), "--method", method, "--examples", "64", "--ticket-examples", "64",
                         "--batch", "4", "--rounds", "2", "--lr", "0.01"], check=True, stdout=subprocess.DEVNULL)
 

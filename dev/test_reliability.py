@@ -165,11 +165,6 @@ def test_terminated(runs, long):
     disturb(runs, "interrupted", runs.usual(*options), expected, signal.SIGINT, 20 if long else 2, 1.5)
 
 
-def test_full(runs, long):
-    expected = undisturbed(runs, "full", runs.usual("--method", "full"))
-    disturb(runs, "full-killed", runs.usual("--method", "full"), expected, signal.SIGKILL, 20 if long else 3, 0.6)
-
-
 def test_default(runs, long):
     """The default run, which takes minutes."""
     if not long:
@@ -297,7 +292,7 @@ def test_lock(runs, long):
 def test_other_settings(runs, long):
     stopped_run(runs, "chosen")
     for option, value in (("lr", "0.004"), ("rounds", "2"), ("seed", "2"), ("batch", "8"), ("micro", "4"), ("survivors", "keep"),
-                          ("method", "full"), ("method", "eval"), ("keep", "0.5601")):
+                          ("keep", "0.5601")):
         status, said, err = runs.run("chosen", "--resume", f"--{option}", value)
         check(f"another --{option}", status == 1 and not said and one_line(err, f"--{option} is {value}, "), err)
     status, said, err = runs.run("chosen", "--resume", "--overwrite")
@@ -329,7 +324,8 @@ def test_command_lines(runs, long):
     os.mkfifo(pipe)
     for options, word in ((["--learning-rate", "1"], "unknown option"), (["lr"], "unknown option"), (["--lr"], "needs a value"),
                           (["--lr", "fast"], "not a number"), (["--lr", "11"], "0 to 10"), (["--lr", "inf"], "not a number"),
-                          (["--batch", "1.5"], "whole"), (["--keep", "-0.1"], "0 to 1"), (["--method", "lora"], "none of"),
+                          (["--batch", "1.5"], "whole"), (["--keep", "-0.1"], "0 to 1"), (["--survivors", "lora"], "none of"),
+                          (["--data", "a\nb"], "line break"),
                           (["--save-every", "-1"], "0 to"), (["--seed", "1", "--seed", "1"], "twice"),
                           (["--out", f"{text}/out"], "Not a directory"), (["--out", text], "Not a directory"),
                           (["--out", runs.path("no/such")], "No such file"), (["--out", ""], "No such file"),
@@ -447,7 +443,7 @@ def test_baselines(runs, long):
     """The methods of dev/baselines.c, one of each form, are killed and go on as the trainer's are."""
     subprocess.run(["make", "-s", "train_baselines"], cwd=ROOT, check=True)
     runs.program = os.path.join(ROOT, "train_baselines")
-    forms = [("lora", ["--rank", "3"]), ("random", []), ("ltsft", []),
+    forms = [("full", []), ("lora", ["--rank", "3"]), ("random", []), ("ltsft", []),
              ("rosa", ["--rank", "3", "--mask-after", "8"])]
     others = [("lora", ["--rank", "3", "--base-type", "nf4"]), ("random", ["--init", "gated"]), ("dense", [])]
     for method, more in forms + others * long:
@@ -687,7 +683,7 @@ def agrees(losses, updates, percent, shown):
     return False
 
 
-TESTS = (test_killed, test_terminated, test_full, test_default, test_second_signal, test_disk_full, test_lock,
+TESTS = (test_killed, test_terminated, test_default, test_second_signal, test_disk_full, test_lock,
          test_other_settings, test_names, test_changed_data, test_moved_inputs, test_baselines,
          test_command_lines, test_not_finite, test_small_stack, test_memory, test_start, test_large_batch,
          test_ignored_signal, test_closed, test_output, test_make, test_soak)

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// wide.h: what only makes the products of train_rigsa.c faster on some processors. The trainer includes it in
-// its section 8 when it is built with -DWIDE='"dev/wide.h"', as the Makefile does, and is complete without
-// it. It knows vectors, tiles and kernels, and nothing of models.
+// wide.h: what only makes train_rigsa.c faster, on some processors or beside other programs. The trainer
+// includes it in its section 8 when it is built with -DWIDE='"dev/wide.h"', as the Makefile does, and is
+// complete without it. It knows vectors, tiles and kernels, and nothing of models.
 //
+//     choose_threads     as many as are fastest on a busy machine                    the same bits
 //     transpose_block    in registers                                                the same bits
 //     matmul_few         few rows of a: b is read where it lies, instead of packed    other last bits in fp32
 //     sampled_product    from transposes in registers                                other last bits
@@ -419,4 +420,55 @@ static void sampled_product(float *dw, const uint32_t *index, size_t n, const fl
             }
         }
     }
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// How many threads? Where other programs or a quota take cores, fewer are faster, with the same bits. So half
+// or twice as many are tried for a window of time between two windows as usual, and stay if they are faster.
+// Trials lose a hundredth of the time.
+
+typedef struct {
+    int most, used, other, up, settled; // threads; whether `other` is more, and `used` has won a trial
+    enum { BEFORE, TRIAL, AFTER } window;
+    double began, due;                  // this window, and the earliest time of the next trial
+    double work[2], time[2];            // done and seconds as usual, and on trial
+} Threads;
+
+// How many the next step should use, after one of so much work that ended now.
+static int next_threads(Threads *t, double now, double work)
+{
+    int trial = t->window == TRIAL;
+    t->work[trial] += work;
+    if (now - t->began < 0.1) return trial ? t->other : t->used;
+    t->time[trial] += now - t->began;
+    t->began = now;
+    if (trial) return t->window = AFTER, t->used;
+    if (t->window == BEFORE && now >= t->due) {
+        if (t->used == 1 || t->used == t->most) t->up = t->used == 1;
+        t->other = t->up ? (int)min_size(2 * (size_t)t->used, (size_t)t->most) : t->used / 2;
+        return t->window = TRIAL, t->other;
+    }
+    double lost = t->time[1] - t->work[1] * t->time[0] / t->work[0];
+    if (t->window == AFTER && lost < -0.05 * t->time[1]) t->used = t->other;
+    else if (t->window == AFTER) t->up = !t->up, t->settled = 1, t->due = now + 100 * lost;
+    t->window = BEFORE;
+    t->work[0] = t->work[1] = t->time[0] = t->time[1] = 0;
+    return t->used;
+}
+
+// After a step of so much work: sets OpenMP's number of threads. Returns whether a number has just proven to
+// be the fastest. What the user has set stays.
+static int choose_threads(double work)
+{
+    static Threads t;
+    int settled = t.settled, now = omp_get_max_threads();
+    if (!t.most) t = (Threads){ .most = now, .used = now, .began = seconds() };
+    if (t.most == 1 || getenv("OMP_NUM_THREADS")) return 0;
+    int n = next_threads(&t, seconds(), work);
+    if (n < now) {                                          // OpenMP ends threads that it does not need
+        #pragma omp parallel
+        if (omp_get_thread_num() >= n) free(packed_a), free(packed_b), packed_a = packed_b = NULL;
+    }
+    omp_set_num_threads(n);
+    return t.settled != settled;
 }

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 before=$(cksum *.bin)
 python3 make_nano.py
-../../train_rigsa --method full --base build/random_base.bin --data build/pretrain.bin --examples 0 --batch 64 --seed 0 \
+../../train_baselines --method full --base build/random_base.bin --data build/pretrain.bin --ticket-examples 0 --batch 64 --seed 0 \
     --lr 0.002 --warmup 0.025 --cooldown 0.7 --eval addition.bin --eval sizes.bin --eval packing.bin --eval build/shapes_heldout.bin \
     --out build/base --overwrite
 mv build/base/model.bin base.bin
