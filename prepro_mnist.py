@@ -35,6 +35,8 @@ from typing import NamedTuple
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "dev"))
 import chat_template  # noqa: E402
+import command  # noqa: E402
+import own_data  # noqa: E402
 import rigsa_file  # noqa: E402
 
 PIXELS = 28  # the images are 28 x 28 bytes
@@ -198,7 +200,7 @@ class Chat:
     def __init__(self, folder, sentence):
         self.tokenizer = chat_template.load_tokenizer(folder)
         self.sentence = sentence
-        self.vocab = vocabulary(folder, self.tokenizer)
+        self.vocab, _ = own_data.model_sizes(folder, self.tokenizer)
         self.type = rigsa_file.TOKEN_TYPES[rigsa_file.token_width(self.vocab)]
         self.ids = {ord(char): self.tokenizer.encode(char, add_special_tokens=False)[-1] for char in "0123456789\n"}
         self.glyphs = {token: chr(char) for char, token in self.ids.items()}
@@ -238,15 +240,6 @@ class Chat:
             print("note: this tokenizer merges characters of a picture; tokenising everything, some minutes")
             ask = self.ask
         return [(prompt + answer, len(prompt)) for prompt, answer in map(ask, pictures, labels)]
-
-
-def vocabulary(folder, tokenizer):
-    """The vocabulary of the model in `folder`, which may be larger than its tokenizer's; without a model, that."""
-    from transformers import AutoConfig
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
-    except (OSError, ValueError):
-        return len(tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -304,6 +297,7 @@ def count(text):
     return number
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="Textual MNIST: images as digits, as examples for train_rigsa.")
     parser.add_argument("--dataset", choices=DATASETS, default="mnist", help="default: mnist")
@@ -314,10 +308,7 @@ def main():
     parser.add_argument("--heldout", metavar="N", type=count, default=0,
                         help="keep the last N training examples apart, as an evaluation for choosing settings")
     parser.add_argument("--limit", metavar="N", type=count, help="only the first N training and test images")
-    try:
-        write_splits(parser.parse_args())
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"prepro_mnist.py: {error}")
+    write_splits(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import shutil
 import sys
 import textwrap
 
+import command
+
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -99,6 +101,7 @@ def chat(args):
               flush=True)
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="Asks a model, and what training made of it, side by side.")
     parser.add_argument("model", metavar="MODEL", help="the folder or name that dev/export_hf.py was given")
@@ -111,8 +114,6 @@ def main():
         chat(parser.parse_args())
     except KeyboardInterrupt:
         print()
-    except (OSError, ValueError) as error:
-        sys.exit(f"chat.py: {error}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ model would learn to continue what nobody asks, or not to stop.
 import glob
 import os
 
+from hugging_face import refuse_file
+
 PROBE = "Xyzzy"  # an answer that is part of no template: what stands behind it ends the turn
 NO_TEMPLATE = "this tokenizer has no chat template; use the one of an instruct model"
 
@@ -23,10 +25,9 @@ def load_tokenizer(folder):
     The tokenizer in `folder`; where its settings name no chat template, with the chat_template*.jinja beside it, if
     there is one: a base model has none. ValueError, in one line, where there is no tokenizer or more than one.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ValueError("a tokenizer needs the package transformers: pip install transformers") from None
+    from transformers import AutoTokenizer
+
+    refuse_file(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError):

@@ -15,9 +15,11 @@ template, for prepro_mnist.py, dev/prepro_eval.py, dev/import_hf.py and transfor
 import argparse
 import math
 import os
-import sys
+
+import command
 
 from checkpoint import DTYPES, TEXTS, Folder, write_folder, write_model
+from hugging_face import refuse_file
 from rigsa_file import pack_config, tensor_shapes, write_file
 
 NAME_SIZE = 63  # bytes that train_rigsa has room for
@@ -28,6 +30,7 @@ def find_folder(model):
     The folder of a model: `model` itself, or that of the hub's model of this name, downloaded if it is not
     there.
     """
+    refuse_file(model)
     if os.path.isdir(model):
         return model
     try:
@@ -71,6 +74,7 @@ def export(model, out, dtype=None, folder=None):
     print(f"{out}: {name.decode()}, {count} weights in {dtype}, hash {hashes['weights']:016x}")
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="A Llama of Hugging Face or llama.cpp as a base file.")
     parser.add_argument("model", metavar="MODEL", help="a folder with config.json and safetensors, a GGUF "
@@ -80,10 +84,7 @@ def main():
                         "fp32 otherwise")
     parser.add_argument("--hf", metavar="FOLDER", help="make this folder of Hugging Face from the model")
     args = parser.parse_args()
-    try:
-        export(args.model, args.out, args.dtype, args.hf)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"export_hf.py: {error}")
+    export(args.model, args.out, args.dtype, args.hf)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import argparse
 import math
 import os
 import struct
-import sys
+
+import command
 
 import rigsa_file
 
@@ -101,16 +102,14 @@ def export(checkpoint_path, tokenizer_path, out):
     print(f"{out}: {weights} weights, {os.path.getsize(out)} bytes")
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="A llama2.c checkpoint (version 0) as a base file for rigsa.c.")
     parser.add_argument("checkpoint", help="stories260K.bin")
     parser.add_argument("tokenizer", help="tok512.bin")
     parser.add_argument("out", help="the base file to write")
     args = parser.parse_args()
-    try:
-        export(args.checkpoint, args.tokenizer, args.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f"export_stories.py: {error}")
+    export(args.checkpoint, args.tokenizer, args.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 A Llama of Hugging Face in the terms of rigsa.c: its config.json and the names of its tensors.
 """
 import json
+import os
 
 HUGGING_FACE_NAMES = {
     "embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
@@ -28,6 +29,13 @@ def module_name(name):
 def hugging_face_name(name):
     """The name that transformers gives to tensor `name`."""
     return module_name(name) + ".weight"
+
+
+def refuse_file(model):
+    """ValueError where `model` is a file, such as a GGUF file: transformers reads folders."""
+    if os.path.isfile(model):
+        raise ValueError(f"{model}: a folder is needed; python3 dev/export_hf.py {model} base.bin --hf FOLDER makes "
+                         "one of a GGUF file")
 
 
 def load_json(path):

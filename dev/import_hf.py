@@ -16,7 +16,8 @@ import argparse
 import math
 import os
 import struct
-import sys
+
+import command
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -207,6 +208,7 @@ def take_back(model, trained_path, out, dtype, peft):
         write_folder(out, lambda folder: write_merged(folder, checkpoint, trained, dtype))
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="A ticket of train_rigsa, back in a Hugging Face model.")
     parser.add_argument("model", metavar="MODEL", help="what dev/export_hf.py was given")
@@ -215,10 +217,7 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the merged weights; default: fp32")
     parser.add_argument("--peft", action="store_true", help="make an adapter for PEFT instead of a merged model")
     args = parser.parse_args()
-    try:
-        take_back(args.model, args.trained, args.out, args.dtype, args.peft)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"import_hf.py: {error}")
+    take_back(args.model, args.trained, args.out, args.dtype, args.peft)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ this does. Needs torch: some minutes for 135M on one core.
 """
 import argparse
 import os
-import sys
+
+import command
 
 from tqdm import tqdm
 
@@ -45,6 +46,7 @@ def write_answers(args):
           f"{describe(examples)}, column {COLUMN}, metric loss")
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="A model's own answers as an evaluation.")
     parser.add_argument("model", metavar="MODEL", help="the folder or name that dev/export_hf.py was given")
@@ -53,10 +55,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=60, metavar="N",
                         help="after which an answer is cut; default: 60")
     parser.add_argument("--out", metavar="DIR", default="data", help="where the file goes; default: data")
-    try:
-        write_answers(parser.parse_args())
-    except (OSError, ValueError) as error:
-        sys.exit(f"own_answers.py: {error}")
+    write_answers(parser.parse_args())
 
 
 if __name__ == "__main__":

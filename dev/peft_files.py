@@ -11,27 +11,25 @@ B (out, r) in fp32, W = W0 + (lora_alpha / r) B A; lora.bin has B transposed (do
 import argparse
 import os
 import struct
-import sys
+
+import command
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from checkpoint import decode, write_json
 from hugging_face import load_json, module_name
-from rigsa_file import adapted_shapes, hash64, read_file, unpack_config, write_file
+from rigsa_file import adapted_shapes, hash64, read_base, read_file, write_file
 from safetensors_file import TYPES, read_safetensors
 
 SHAPE = struct.Struct("<If")  # section `shape`: rank, alpha
 DIFFERENT = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")  # not plain LoRA
 
 
-def read_base(path):
-    """
-    The adapted matrices [(name, (out, in)), ...] of the base file `path`, and its hash and name as in section
-    `base`.
-    """
-    sections = read_file(path, "base")
-    return adapted_shapes(unpack_config(sections["config"])), struct.pack("<Q", hash64(sections["weights"])) + sections["name"]
+def open_base(path):
+    """Of the base file `path`: its config, a dict; its hash and name as in section `base`."""
+    config, name, weights = read_base(path)
+    return config, struct.pack("<Q", hash64(weights)) + name.encode(errors="surrogateescape")
 
 
 def key(name, part):
@@ -41,7 +39,8 @@ def key(name, part):
 
 def read_lora(path, shapes):
     """
-    The lora file `path`: alpha, and a dict, matrix name -> (A (r, in), B (out, r)); `shapes` as of read_base.
+    The lora file `path`: alpha, and a dict, matrix name -> (A (r, in), B (out, r)); `shapes` as of
+    adapted_shapes.
     """
     sections = read_file(path, "lora")
     rank, alpha = SHAPE.unpack(sections["shape"])
@@ -57,7 +56,8 @@ def read_lora(path, shapes):
 
 def export_peft(lora, base, folder):
     """Writes the adapter `lora` of `base` as a PEFT folder."""
-    shapes, named = read_base(base)
+    config, named = open_base(base)
+    shapes = adapted_shapes(config)
     alpha, parts = read_lora(lora, shapes)
     if read_file(lora, "lora")["base"] != named:
         raise ValueError(f"{lora}: was not made for {base}")
@@ -72,6 +72,8 @@ def export_peft(lora, base, folder):
         "target_modules": sorted({module_name(name).split(".")[-1] for name, _ in shapes}),
         "base_model_name_or_path": named[8:].decode(), "inference_mode": True,
     })
+    if config["dtype"]:
+        print("note: trained on weights in bf16; on a model whose own are in fp32 the adapter gives other logits")
 
 
 def import_peft(folder, base, lora):
@@ -79,11 +81,14 @@ def import_peft(folder, base, lora):
     Writes the PEFT folder as a lora file of `base`. A matrix without a LoRA gets A = B = 0, which no gradient
     moves.
     """
-    shapes, named = read_base(base)
+    base_config, named = open_base(base)
+    shapes = adapted_shapes(base_config)
     config = load_json(os.path.join(folder, "adapter_config.json"))
     if config.get("peft_type") != "LORA" or any(config.get(field) for field in DIFFERENT):
         raise ValueError(f"{folder}: not a plain LoRA: {[field for field in DIFFERENT if config.get(field)]}")
     tensors = read_safetensors(os.path.join(folder, "adapter_model.safetensors"))
+    if not {"r", "lora_alpha"} <= config.keys():
+        raise ValueError(f"{folder}: its adapter_config.json has no r or no lora_alpha")
     rank = config["r"]
     alpha = config["lora_alpha"] * (rank ** 0.5 if config.get("use_rslora") else 1)
     values = []
@@ -106,6 +111,7 @@ def import_peft(folder, base, lora):
                               ("values", np.concatenate(values).astype("<f4").tobytes())])
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="LoRA adapters between rigsa.c and PEFT.")
     parser.add_argument("action", choices=("export", "import"))
@@ -113,10 +119,7 @@ def main():
     parser.add_argument("base", help="base file")
     parser.add_argument("target", help="export: the PEFT folder; import: lora.bin")
     args = parser.parse_args()
-    try:
-        (export_peft if args.action == "export" else import_peft)(args.source, args.base, args.target)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"peft_files.py: {error}")
+    (export_peft if args.action == "export" else import_peft)(args.source, args.base, args.target)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import glob
 import os
 import sys
 
+import command
+
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -164,6 +166,7 @@ def middle_runs(rows, folder):
     return found
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="Draws a comparison, or a single run, as PNG and SVG.")
     parser.add_argument("folder", help="of dev/compare.py, or of a run")

@@ -21,7 +21,8 @@ objects, becomes an evaluation of metric `loss`.
 import argparse
 import json
 import os
-import sys
+
+import command
 
 from tqdm import tqdm
 
@@ -226,6 +227,7 @@ def write_splits(args):
         print(f"note: fields that are not read: {', '.join(sorted(ignored))}")
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="Conversations of your own as examples for train_rigsa.")
     parser.add_argument("model", metavar="MODEL", help="hub name, or folder with config.json and tokenizer")
@@ -242,10 +244,7 @@ def main():
     args = parser.parse_args()
     if args.heldout < 0 or args.max_length is not None and args.max_length < 2:
         parser.error("--heldout is a whole number, --max-length one above 1")
-    try:
-        write_splits(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepro_chat.py: {error}")
+    write_splits(args)
 
 
 if __name__ == "__main__":

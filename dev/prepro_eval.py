@@ -27,9 +27,10 @@ import logging
 import math
 import os
 import re
-import sys
 import tempfile
 from collections import defaultdict
+
+import command
 
 import datasets
 import torch
@@ -41,6 +42,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import make_table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from hugging_face import refuse_file
 from rigsa_file import data_sections, hash64, write_file
 
 METRICS = {  # of a file, by kind of task
@@ -55,6 +57,7 @@ class Scribe(HFLM):
     """
 
     def __init__(self, model, told=None):
+        refuse_file(model)
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config)
@@ -376,18 +379,16 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+@command.line
 def main():
     args = parse()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        if args.score:
-            for label, results in score(args):
-                print(f"round {label}\n{make_table(results)}")
-        else:
-            for path, requests in write_files(args):
-                print(f"{path}: {requests} requests")
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepro_eval.py: {error}")
+    if args.score:
+        for label, results in score(args):
+            print(f"round {label}\n{make_table(results)}")
+    else:
+        for path, requests in write_files(args):
+            print(f"{path}: {requests} requests")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ before it. A window counts as a document: the standard error is over windows.
 """
 import argparse
 import os
-import sys
+
+import command
 
 from chat_template import load_tokenizer
 from own_data import describe, model_sizes, name_of, read_text, write_losses
@@ -55,6 +56,7 @@ def write_windows(args):
     print(f"{path}: {len(found)} windows, {describe(found)}, column {name}, metric loss")
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="A text as an evaluation: nats per token.")
     parser.add_argument("model", metavar="MODEL", help="hub name, or folder with config.json and tokenizer")
@@ -68,10 +70,7 @@ def main():
     for option in ("length", "limit"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             parser.error(f"--{option}: a whole number above 0")
-    try:
-        write_windows(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepro_text.py: {error}")
+    write_windows(args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Matrices are N(0, std^2), norm weights 1, as before training. The file is fp32: 
 """
 import argparse
 import math
-import sys
+
+import command
 
 import numpy as np
 
@@ -30,6 +31,7 @@ def random_weights(config, std, seed):
     return weights
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="A base file with random weights, shaped as a Hugging Face Llama.")
     parser.add_argument("config", metavar="CONFIG.json", help="the config.json of the model")
@@ -37,15 +39,12 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the random numbers (default 1)")
     parser.add_argument("--std", type=float, help="of the matrices (default: the config's initializer_range, or 0.02)")
     args = parser.parse_args()
-    try:
-        hf = load_json(args.config)
-        config = llama_config(hf)
-        std = hf.get("initializer_range", 0.02) if args.std is None else args.std
-        weights = random_weights(config, std, args.seed)
-        name = f"random weights of seed {args.seed} and deviation {std:g}"
-        write_file(args.out, "base", base_sections(config, name, weights.view(np.uint8)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"random_base.py: {error}")
+    hf = load_json(args.config)
+    config = llama_config(hf)
+    std = hf.get("initializer_range", 0.02) if args.std is None else args.std
+    weights = random_weights(config, std, args.seed)
+    name = f"random weights of seed {args.seed} and deviation {std:g}"
+    write_file(args.out, "base", base_sections(config, name, weights.view(np.uint8)))
     print(f"{args.out}: {weights.size} weights")
 
 

@@ -24,7 +24,8 @@ import math
 import os
 import re
 import string
-import sys
+
+import command
 
 import matplotlib
 matplotlib.use("Agg")
@@ -574,6 +575,7 @@ def write_report(folder, details=(), tokenizer=None):
     return path
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="A run of train_rigsa as one HTML file.")
     parser.add_argument("folder", metavar="OUT", help="the folder of the run")
@@ -581,10 +583,7 @@ def main():
                         help="details of evaluations, to show examples")
     parser.add_argument("--tokenizer", metavar="MODEL", help="hub name or folder: shows tokens as text")
     args = parser.parse_args()
-    try:
-        print(write_report(args.folder, args.details, args.tokenizer and load_tokenizer(args.tokenizer)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"report.py: {error}")
+    print(write_report(args.folder, args.details, args.tokenizer and load_tokenizer(args.tokenizer)))
 
 
 if __name__ == "__main__":
