@@ -73,6 +73,7 @@ class Ticket:
             self.index = [np.arange(size, dtype="<u4") for size in sizes]
         self.values = np.split(numbers("values", "<f4", sum(entries)), ends)
         self.seed, self.draw, self.rest, self.sigma = INIT.unpack(numbers("init", "u1", INIT.size).tobytes())
+        self.matrices = matrices  # a list of (name, shape)
         self.number = {name: number for number, (name, _) in enumerate(matrices)}
         self.base_hash, = struct.unpack_from("<Q", sections["base"])
         self.base_name = sections["base"][8:].decode("utf-8", "replace")

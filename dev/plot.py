@@ -5,17 +5,17 @@ Draws what dev/compare.py found, each figure as PNG and SVG.
     python dev/plot.py out                         of a single run of ./train_rigsa: rounds and loss curve
 
 tradeoff   the new task against what is left of the old ones, a curve per method over its learning rates. The old ones count
-           as the mean over their evaluation sets of score / score of the base. Points are means over seeds, bars their
-           standard deviations. RIGSA and LT-SFT, which have passes before the last, are in both figures.
+           as the mean over their evaluation sets of score / score of the base, or loss of the base / loss. Points are means
+           over seeds, bars their standard deviations. Better is up, and to the right. RIGSA and LT-SFT, which have passes before the last, are in both figures.
 table.md   the same as numbers
-rounds     RIGSA round by round: accuracy, density, kept share
+rounds     RIGSA round by round: shares that are right and losses, each with its own axis, density, kept share
 loss       the loss of the last pass of every method at its middle learning rate, smoothed
+
+Which evaluation sets are losses, nats a token, where lower is better, is read from their files.
 """
 import argparse
-import csv
 import glob
 import os
-import sys
 
 import command
 
@@ -24,6 +24,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+from run_files import Run, read_rows, smoothed  # noqa: E402
+
 STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okabe and Ito, which everybody can tell apart
     "rigsa": ("RIGSA", "#000000", "o"), "gated random": ("random mask, gated", "#56B4E9", "o"),
     "random": ("random mask", "#0072B2", "s"), "ltsft": ("LT-SFT", "#009E73", "^"), "rosa": ("RoSA", "#CC79A7", "D"),
@@ -31,13 +33,7 @@ STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okab
     "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#882255", "x"),
 }
 POINTS = 400  # of a loss curve that are drawn
-SMOOTH = 50  # parts of a pass: a loss curve is an exponential mean over about one of them
-
-
-def read(path):
-    """The rows of a CSV as dicts."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+NATS = "nats a token, lower is better"
 
 
 def save(figure, folder, name):
@@ -71,35 +67,44 @@ def mean_and_spread(values):
     return np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
 
 
-def draw_tradeoff(rows, sets, folder):
+def kept(row, base, name, is_loss):
+    """How much of the base's score is left, a share; of a loss that of the base over this one."""
+    share = float(row[name]) / float(base[name])
+    return 1 / share if is_loss(name) else share
+
+
+def draw_tradeoff(rows, sets, is_loss, folder):
     """A figure per budget: everything, and beside it the corner where much is read and little forgotten."""
     target, source = sets[0], sets[1:]
     base = next(row for row in rows if row["method"] == "base")
+    better = -1 if is_loss(target) else 1
     for budget in sorted({row["budget"] for row in rows} - {"", "both"}):
         figure, both = axes(11, 4.5, ncols=2)
-        best = 0
+        best = -np.inf
         for method, (label, colour, marker) in STYLE.items():
-            points = [mean_and_spread([(np.mean([float(row[name]) / float(base[name]) for name in source]), float(row[target]))
+            points = [mean_and_spread([(np.mean([kept(row, base, name, is_loss) for name in source]), float(row[target]))
                                        for row in seeds]) for seeds in by_rate(rows, method, budget).values()]
             if not points:
                 continue
             mean, spread = np.array(points).transpose(1, 2, 0)
-            best = max(best, *mean[1])
+            best = max(best, *better * mean[1])
             for axis in both:
                 axis.errorbar(*mean, xerr=spread[0], yerr=spread[1], label=label, color=colour, marker=marker,
                               markersize=5, linewidth=1.2, elinewidth=0.7, capsize=2)
         for axis in both:
             axis.axvline(1, color="#888888", linewidth=0.7, linestyle=":")
             axis.set_xlabel(f"kept of {', '.join(source)} (share of the base)")
-        both[0].set_ylabel(f"{target}, share read")
+        both[0].set_ylabel(f"{target}, {NATS if is_loss(target) else 'share read'}")
+        both[0].yaxis.set_inverted(is_loss(target))
         both[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
-        both[1].set(xlim=(0.89, 1.01), ylim=(best - 0.22, best + 0.02))
+        both[1].set(xlim=(0.89, 1.01), ylim=(better * (best - 0.22), better * (best + 0.02)))
         save(figure, folder, f"tradeoff_{budget}")
 
 
-def write_table(rows, sets, folder):
+def write_table(rows, sets, is_loss, folder):
     """table.md: mean and standard deviation over the seeds, the budgets one below the other."""
-    lines = ["| method | budget | lr | density | " + " | ".join(sets) + " |", "|" + "---|" * (4 + len(sets))]
+    heads = [f"{name}, nats" if is_loss(name) else name for name in sets]
+    lines = ["| method | budget | lr | density | " + " | ".join(heads) + " |", "|" + "---|" * (4 + len(sets))]
     for budget in ("", "both", "last", "total"):
         for method in ("base", *STYLE):
             for lr, seeds in by_rate([row for row in rows if row["budget"] == budget], method, budget).items():
@@ -112,33 +117,34 @@ def write_table(rows, sets, folder):
     print(path)
 
 
-def draw_rounds(table, folder):
-    """Of one run with rounds: `table` is the rows of its table.csv."""
-    rounds = [row for row in table if row["round"] != "base"]
-    names = [name.removesuffix("_error") for name in table[0] if name.endswith("_error")]
+def draw_rounds(run, folder):
+    """Of one run with rounds."""
+    rounds = run.table[1:]
     label, at = [row["round"] for row in rounds], range(len(rounds))
-    figure, (scores, shares) = axes(8, 3.2, ncols=2)
-    for name in names:
-        scores.errorbar(at, [float(row[name]) for row in rounds], [float(row[f"{name}_error"]) for row in rounds],
-                        marker="o", markersize=4, capsize=2, label=name)
+    units = [(names, unit) for names, unit in (
+        ([name for name in run.sets if not run.is_loss(name)], "share that is right"),
+        (list(filter(run.is_loss, run.sets)), NATS)) if names]
+    figure, (*scores, shares) = axes(4 * (len(units) + 1), 3.2, ncols=len(units) + 1, layout="constrained")
+    for axis, (names, unit) in zip(scores, units):
+        for name in names:
+            value, error = run.scores(name)
+            axis.errorbar(at, value[1:], error[1:], marker="o", markersize=4, capsize=2, label=name)
+        axis.set_ylabel(unit)
     shares.semilogy(at, [float(row["density"]) for row in rounds], marker="o", markersize=4, color="black", label="density")
     shares.semilogy(at[:-1], [float(row["kept"]) for row in rounds[:-1]], marker="s", markersize=4, color="#D55E00", label="kept")
-    for axis in (scores, shares):
+    for axis in (*scores, shares):
         axis.set_xticks(at, label)
         axis.set_xlabel("round")
         axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
-    scores.set_ylabel("score")
     save(figure, folder, "rounds")
 
 
 def last_pass(folder):
     """The losses of the last pass of the run in `folder`, smoothed."""
-    rows = read(os.path.join(folder, "loss.csv"))
-    losses = [float(row["loss"]) for row in rows if row["pass"] == rows[-1]["pass"]]
-    rate, smooth = min(1, SMOOTH / len(losses)), losses[:1]
-    for loss in losses[1:]:
-        smooth.append((1 - rate) * smooth[-1] + rate * loss)
-    return smooth
+    rows = read_rows(folder, "loss.csv")
+    if not rows:
+        raise ValueError(f"{os.path.join(folder, 'loss.csv')}: there are no losses in it")
+    return smoothed([float(row["loss"]) for row in rows if row["pass"] == rows[-1]["pass"]])
 
 
 def draw_losses(folders, folder):
@@ -171,21 +177,23 @@ def main():
     parser = argparse.ArgumentParser(description="Draws a comparison, or a single run, as PNG and SVG.")
     parser.add_argument("folder", help="of dev/compare.py, or of a run")
     folder = parser.parse_args().folder
-    try:
-        if os.path.exists(os.path.join(folder, "compare.csv")):
-            rows = read(os.path.join(folder, "compare.csv"))
-            sets = list(rows[0])[list(rows[0]).index("density") + 1:]
-            draw_tradeoff(rows, sets, folder)
-            write_table(rows, sets, folder)
-            draw_losses(middle_runs(rows, folder), folder)
-            runs = sorted(glob.glob(os.path.join(folder, "rigsa_*_0.003_*", "table.csv")))
-            if runs:
-                draw_rounds(read(runs[0]), folder)
-        else:
-            draw_rounds(read(os.path.join(folder, "table.csv")), folder)
-            draw_losses({os.path.basename(os.path.normpath(folder)): (folder, "black")}, folder)
-    except OSError as error:
-        sys.exit(f"plot.py: {error}; is {folder} a folder of dev/compare.py or of a run?")
+    rows = read_rows(folder, "compare.csv")
+    if rows:
+        folders = middle_runs(rows, folder)
+        rigsa = sorted(glob.glob(os.path.join(folder, "rigsa_*_0.003_*", "")))
+        run = Run(rigsa[0] if rigsa else next(iter(folders.values()))[0])
+        sets = list(rows[0])[list(rows[0]).index("density") + 1:]
+        draw_tradeoff(rows, sets, run.is_loss, folder)
+        write_table(rows, sets, run.is_loss, folder)
+        if rigsa:
+            draw_rounds(run, folder)
+    else:
+        folders = {os.path.basename(os.path.normpath(folder)): (folder, "black")}
+        run = Run(folder)
+        draw_rounds(run, folder)
+    draw_losses(folders, folder)
+    for note in run.notes:
+        print(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ there, too. Examples come from files of details (doc/model.md), such as one of t
 --tokenizer shows those as text that are not in the nano alphabet. Needs numpy and matplotlib.
 """
 import argparse
-import csv
 import html
 import io
 import itertools
@@ -33,8 +32,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from chat_template import load_tokenizer  # noqa: E402
-from import_hf import Ticket, initial_values  # noqa: E402
-from rigsa_file import adapted_shapes, read_base, read_examples, read_file  # noqa: E402
+from import_hf import initial_values  # noqa: E402
+from run_files import Run, smoothed  # noqa: E402
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_template.html")
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices of a layer, as adapted_shapes names them
@@ -43,7 +42,6 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
 INK, GREY, LINE = "#1f2328", "#6e7781", "#d8dee4"
 HEAT_WIDTH = 2.4  # inches of a heat map, four in a row
 FEW = 12  # layers up to which a heat map has room for numbers
-SMOOTH = 50  # parts of a pass: a loss curve is an exponential mean over about one of them
 POINTS = 300  # of a loss curve that are drawn
 EXAMPLES = 6  # of each evaluation that are shown
 SHORT = 70  # tokens below which examples stand six in a row, otherwise two
@@ -54,82 +52,6 @@ plt.rcParams.update({
     "ytick.color": GREY, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.5, "axes.axisbelow": True,
 })
-
-
-# ------------------------------------------------------------------------------------------------------------
-# what a run has written
-
-def read_rows(folder, name):
-    """The rows of a CSV of the run as dicts; none where it is not there yet."""
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def read_settings(folder):
-    """settings.txt as a dict, name -> value; of what is there several times, a value a line."""
-    path = os.path.join(folder, "settings.txt")
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = {}
-            for line in file:
-                name, value = line[:16].strip(), line[17:].rstrip("\n")
-                settings[name] = f"{settings[name]}\n{value}" if name in settings else value
-            return settings
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; name the folder that train_rigsa was given as "
-                         "--out") from None
-
-
-class Run:
-    """
-    What the run in `folder` has written. `table`, `losses`: rows of its CSVs. `sets`: the columns of its
-    evaluations, the target first; `data`: a dict, column -> its evaluation file as read_examples returns it,
-    where that is there. `ticket`: a Ticket or None; `matrices`: the shapes of its matrices, a list of (name,
-    shape). `notes`: what could not be read, in words.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.notes = folder, []
-        self.settings = read_settings(folder)
-        self.table, self.losses = read_rows(folder, "table.csv"), read_rows(folder, "loss.csv")
-        if not self.table:
-            raise ValueError(f"{os.path.join(folder, 'table.csv')}: nothing there yet; it is written with "
-                             "the run's first save")
-        self.sets = [name.removesuffix("_error") for name in self.table[0] if name.endswith("_error")]
-        self.pruning = read_rows(folder, "pruning.csv")
-        self.data = {}
-        for path in self.settings["eval"].split("\n"):
-            examples = self.try_to(lambda: read_examples(path))
-            if examples and examples.get("column") in self.sets:
-                self.data[examples["column"]] = examples
-        self.ticket, self.matrices = None, []
-        ticket_path = os.path.join(folder, "ticket.bin")
-        if self.settings.get("method", "rigsa") == "rigsa" and os.path.exists(ticket_path):
-            base = self.try_to(lambda: read_base(self.settings["base"]))
-            if base:
-                config, _, _ = base
-                self.matrices = adapted_shapes(config)
-                self.ticket = Ticket(ticket_path, read_file(ticket_path, "tick"), config)
-
-    def try_to(self, read):
-        """What read() returns; where it cannot, None and a note."""
-        try:
-            return read()
-        except ValueError as error:
-            self.notes.append(str(error))
-            return None
-
-    def is_loss(self, column):
-        """Whether a column is in nats, lower is better, and no share."""
-        return self.data.get(column, {}).get("metric") == "loss"
-
-    def scores(self, column):
-        """(values, standard errors) over the rows of the table."""
-        return tuple(np.array([float(row[name]) for row in self.table])
-                     for name in (column, f"{column}_error"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,9 +156,7 @@ def draw_losses(run):
         passes.setdefault(row["pass"], []).append(float(row["loss"]))
     figure, axis = plt.subplots(figsize=(11.3, 3.0), layout="constrained")
     for number, (label, losses) in enumerate(passes.items()):
-        rate, smooth = min(1, SMOOTH / len(losses)), losses[:1]
-        for loss in losses[1:]:
-            smooth.append((1 - rate) * smooth[-1] + rate * loss)
+        smooth = smoothed(losses)
         step = 1 + len(smooth) // POINTS
         x = number + np.arange(1, len(smooth) + 1) / len(smooth)
         axis.semilogy(x[::step], losses[::step], color="#d0d7de", linewidth=0.6)
@@ -405,7 +325,7 @@ def losses_section(run):
 def survivors_section(run):
     if not run.ticket:
         return ""
-    ticket, matrices = run.ticket, run.matrices
+    ticket, matrices = run.ticket, run.ticket.matrices
     sizes = [math.prod(shape) for _, shape in matrices]
     density = by_layer([len(index) / size for index, size in zip(ticket.index, sizes)])
     flipped = by_layer([

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from transformers.utils import logging
 import chat
 import import_hf
 import own_answers
+import plot
 import prepro_chat
 import prepro_eval
 import prepro_text
@@ -91,6 +93,22 @@ def train(*args):
                           text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def start(name, *args, **environment):
+    """A script by its path from the top, run as a process of its own."""
+    return subprocess.run([sys.executable, name, *map(str, args)], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"} | environment)
+
+
+def write_images(folder):
+    """Twenty random pictures in the idx files of MNIST, for training and for the test."""
+    os.makedirs(folder)
+    draw = random.Random(2)
+    for split in ("train", "t10k"):
+        for name, head, size in (("images-idx3", (0x803, 20, 28, 28), 20 * 784), ("labels-idx1", (0x801, 20), 20)):
+            with open(os.path.join(folder, f"{split}-{name}-ubyte"), "wb") as file:
+                file.write(struct.pack(f">{len(head)}I", *head) + bytes(draw.randrange(10) for _ in range(size)))
 
 
 def say(*turns):
@@ -258,16 +276,6 @@ class Conversations(WithModel):
     def all_of(self, path):
         with open(path, encoding="utf-8") as file:
             return [example for line in file for example in examples_of(json.loads(line), self.tokenizer)]
-
-    def test_without_torch(self):
-        """A small install will do: torch counts as missing."""
-        self.write("sitecustomize.py", "import sys\nsys.modules['torch'] = None\n")
-        environment = os.environ | {"PYTHONPATH": self.folder, "TRANSFORMERS_VERBOSITY": "error"}
-        for name in ("prepro_chat.py", "prepro_text.py"):
-            done = subprocess.run([sys.executable, os.path.join(HERE, name), self.model, HARBOUR, "--out",
-                                   self.folder],
-                                  capture_output=True, text=True, env=environment)
-            self.assertEqual((done.returncode, done.stderr), (0, ""))
 
 
 GOOD = json.dumps({"messages": say("Hi.", "Hello.")})
@@ -492,12 +500,33 @@ class Path(WithModel):
         self.assertRegex(out, r"base +\| adapted\n\n> Hi\.\n.* \| .*\n(.*\n)*\n> Who\?\n.* \| ")
 
         page = self.page()
-        entries, total = sum(map(len, run.ticket.index)), sum(math.prod(shape) for _, shape in run.matrices)
+        entries, total = sum(map(len, run.ticket.index)), sum(math.prod(shape) for _, shape in run.ticket.matrices)
         self.assertIn(f"{entries:,} of {total:,} entries are left, {entries / total:.2%}", page)
         self.assertIn(f"<b>{run.scores('harbour')[0][-1]:.3f}</b>", page)
         self.assertIn("ticket: 1.00 nats a token", page)
         self.assertEqual(page.count("<svg"), page.count("<figure style"))
         self.assertGreaterEqual(page.count("<svg"), 7)
+
+    def test_plot(self):
+        """A comparison whose target is a loss: labelled, better is up; half the loss keeps twice the base's."""
+        self.train()
+        run = report.Run(self.path("out"))
+        os.renames(self.path("out"), self.path("all/rigsa_both_0.003_1"))
+        last, base = run.table[-1], run.table[0]
+        self.write("all/compare.csv", "method,budget,lr,seed,density,harbour\n"
+                   f"base,,0,0,0,{base['harbour']}\nrigsa,both,0.003,1,{last['density']},{last['harbour']}\n"
+                   f"lora,last,0.003,1,1,{last['harbour']}\n")
+        with mock.patch("plot.save") as save, mock.patch("plot.draw_losses"):
+            self.assertEqual(script(plot, self.path("all"))[0], 0)
+        figures = {call.args[2]: call.args[0].axes for call in save.call_args_list}
+        self.assertEqual(figures.keys(), {"rounds", "tradeoff_last"})
+        self.assertEqual(figures["rounds"][0].get_ylabel(), plot.NATS)
+        self.assertEqual(figures["tradeoff_last"][0].get_ylabel(), f"harbour, {plot.NATS}")
+        self.assertTrue(all(axis.yaxis_inverted() for axis in figures["tradeoff_last"]))
+        with open(self.path("all/table.md"), encoding="utf-8") as file:
+            self.assertIn("| density | harbour, nats |", file.read())
+        self.assertEqual(plot.kept({"own": "2"}, {"own": "1"}, "own", run.is_loss), 2)
+        self.assertEqual(plot.kept({"harbour": "2"}, {"harbour": "1"}, "harbour", run.is_loss), 0.5)
 
     def test_pruning(self):
         """Shares of every matrix in every round, where the run has written them."""
@@ -536,6 +565,46 @@ class Path(WithModel):
             with torch.no_grad():
                 likeliest = model(torch.tensor([tokens])).logits[0, answer - 1:-1].argmax(-1).tolist()
             self.assertEqual(tokens[answer:], likeliest)
+
+    def test_without_torch(self):
+        """A small install will do: torch counts as missing. Where it is needed that is said."""
+        self.train()
+        self.write("sitecustomize.py", "import sys\nsys.modules['torch'] = None\n")
+        write_images(self.path("images"))
+        ticket, data = self.path("out/ticket.bin"), ("--out", self.path("data"))
+        for command, error in (
+                (("dev/export_hf.py", self.model, self.path("again.bin")), ""),
+                (("dev/prepro_chat.py", self.model, HARBOUR, *data), ""),
+                (("dev/prepro_text.py", self.model, HARBOUR, *data), ""),
+                (("prepro_mnist.py", "--tokenizer", self.model, "--side", "7", "--images", self.path("images"), *data), ""),
+                (("dev/report.py", self.path("out"), "--tokenizer", self.model), ""),
+                (("dev/plot.py", self.path("out")), ""),
+                (("dev/import_hf.py", self.model, ticket, self.path("merged")), ""),
+                (("dev/import_hf.py", self.model, ticket, self.path("adapter"), "--peft"), ""),
+                (("dev/chat.py", self.model), "the package torch is missing; pip install -r dev/requirements-torch.txt"),
+                (("dev/own_answers.py", self.model), "the package torch is missing; pip install -r "
+                 "dev/requirements-torch.txt")):
+            done = start(*command, PYTHONPATH=self.folder)
+            name = os.path.basename(command[0])
+            self.assertEqual((done.returncode, done.stderr), (1, f"{name}: {error}\n") if error else (0, ""), name)
+
+    def test_streams(self):
+        """Closed ones are no error, and a reader that has gone ends a script in silence."""
+        chat_of = (sys.executable, "dev/prepro_chat.py", self.model, HARBOUR, "--out", self.folder)
+        for redirect, status in ((">&-", 0), ("2>&-", 0), ("<&-", 0), ("| true", 141), (">/dev/full", 1)):
+            done = subprocess.run(["bash", "-c", f'set -o pipefail; "$@" {redirect}', "_", *chat_of], cwd=ROOT,
+                                  capture_output=True, text=True)
+            self.assertEqual(done.returncode, status, redirect)
+            self.assertEqual(done.stderr, "prepro_chat.py: [Errno 28] No space left on device\n" * (status == 1))
+
+    def test_files(self):
+        """Where a folder is needed a GGUF file is none; what makes one of it is said."""
+        path = self.write("model.gguf", "GGUF")
+        for module, *more in ((prepro_chat, HARBOUR), (prepro_text, HARBOUR), (chat,), (own_answers,),
+                              (prepro_eval, "--tasks", "piqa"), (report, "--tokenizer", path)):
+            status, _, error = script(module, path, *more)
+            self.assertEqual((status, error), (1, f"{module.__name__}.py: {path}: a folder is needed; python3 dev/export_hf.py "
+                                               f"{path} base.bin --hf FOLDER makes one of a GGUF file\n"))
 
     def test_errors_of_report(self):
         status, _, error = script(report, self.path("nowhere"))
