@@ -91,11 +91,14 @@ def split_turn(tokenizer, messages):
 
     prompt, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (asked, said))
     same = common(prompt, whole)
+    mend = "use a template whose prompt ends with a token of its own"
+    if last["content"][:1].isspace():
+        mend = "remove the white space that the answer begins with"
     check(
         same == len(prompt),
         f"the chat template's prompt ends with {clip(tokenizer.decode(prompt[same:]))}, which "
         f"becomes a part of the token {clip(tokenizer.decode(whole[same:same + 1]))} when the answer "
-        "follows; use a template whose prompt ends with a token of its own",
+        f"follows; {mend}",
     )
     answer = whole[same:]
 

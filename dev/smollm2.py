@@ -60,7 +60,7 @@ def install(python, venv):
     requirements, stamp = os.path.join(TOP, "dev", "requirements.txt"), os.path.join(venv, "installed.txt")
     if not (os.path.exists(stamp) and read(stamp) == read(requirements)):
         run("PyPI's packages cannot be had; make smollm2 goes on from here",
-            python, "-m", "pip", "install", "--disable-pip-version-check", "-r", requirements)
+            python, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile", "-r", requirements)
         shutil.copyfile(requirements, stamp)
 
 

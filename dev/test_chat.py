@@ -298,6 +298,8 @@ MALFORMED = {  # what is wrong: content, and the line that is said
     "no answer": (json.dumps({"messages": say("Hi.")}), "line 1: the assistant says nothing in it"),
     "an empty answer": (json.dumps({"messages": say("Hi.", " ")}), "line 1: 'messages', message 2: 'content' "
                         "is empty"),
+    "white space first": (json.dumps({"messages": say("Hi.", "  Hello.")}),
+                          "line 1: .*becomes a part of the token .*; remove the white space that the answer begins"),
     "answer first": (json.dumps({"messages": say("Hi.", "Hello.")[1:]}),
                      "line 1: begins with the assistant: there is no prompt"),
     "half a pair": ('{"prompt": "2 + 2 ="}', "line 1: has 'prompt'; 'messages', 'prompt' and 'completion', "
