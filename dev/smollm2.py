@@ -96,7 +96,7 @@ def make_all(out, side, mnist):
     """All steps."""
     venv, hf, base = os.path.join(out, "venv"), os.path.join(out, "hf"), os.path.join(TOP, "smollm2.bin")
     os.makedirs(out, exist_ok=True)
-    step(1, "Python's packages, without torch: 50 MB to download, 310 MB on disk")
+    step(1, "Python's packages, without torch: 73 MB to download, 300 MB on disk")
     python = python_of(venv)
     install(python, venv)
     step(2, "the model, 93 MB to download")
