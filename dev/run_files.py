@@ -71,7 +71,7 @@ class Run:
     def ticket(self):
         """The ticket of a run of RIGSA; None where it or its base is not there."""
         path = os.path.join(self.folder, "ticket.bin")
-        if self.settings["method"] != "rigsa" or not os.path.exists(path):
+        if self.settings.get("method", "rigsa") != "rigsa" or not os.path.exists(path):
             return None
         base = self.try_to(lambda: read_base(self.settings["base"]))
         return base and Ticket(path, read_file(path, "tick"), base[0])
