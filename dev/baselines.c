@@ -9,7 +9,8 @@
 //     lora       W0 + s B A,  s = lora-alpha / rank       A (r, I), B (O, r)               -
 //                with --base-type nf4: QLoRA, nf4(W0) in place of W0
 //     random     W0 + mask . DeltaW, DeltaW from zero     DeltaW where the mask is 1       random, a fixed number per matrix
-//                with --init gated: RIGSA's adapter, W0 + alpha * (mask . DeltaW), DeltaW random
+//                with --init gated: RIGSA's adapter, W0 + alpha * (mask . DeltaW), DeltaW random;
+//                with --start: mask and DeltaW's start are those of a file
 //     ltsft      W0 + mask . DeltaW                       first all of DeltaW, then the    the largest |DeltaW| of the first
 //                                                         masked entries, from zero        pass, over all matrices
 //     rosa       W0 + mask . DeltaW + s B A               A, B, DeltaW                     the largest dW^2 after 64 updates
@@ -27,15 +28,18 @@ enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL, METHOD_LORA, METHOD_RANDOM, METHO
 enum { INIT_ZERO, INIT_GATED };
 enum { BASE_PLAIN, BASE_NF4 };
 static struct {
-    char *lora;
+    char *lora, *start;
     int method, init, base_type, rest;
     size_t rank, mask_after;
-    double density, lora_alpha, lora_lr;
+    double density, lora_alpha, lora_lr, gate, alpha_decay;
 } more;                                     // options, beside the trainer's
 #define METHOD_OPTIONS \
     { "method", CHOICE, &more.method, METHODS, "rigsa", "what is trained; eval: only evaluate" }, \
     { "density", REAL, &more.density, "0 to 1", "0.0346", "share of the entries in the mask (random, ltsft, rosa)" }, \
     { "init", CHOICE, &more.init, "zero|gated", "zero", "random: DeltaW from zero, or random behind RIGSA's gate" }, \
+    { "gate", REAL, &more.gate, "0 to 1", "1e-6", "random --init gated: where the gates begin" }, \
+    { "alpha-decay", REAL, &more.alpha_decay, "0 to 1e6", "0", "random --init gated: decoupled decay of the gates" }, \
+    { "start", TEXT, &more.start, "FILE", "", "random --init gated: mask and DeltaW's start of this ticket" }, \
     { "rest", CHOICE, &more.rest, "zero|init", "zero", "rigsa: where pruned entries stay: at zero, or where they began" }, \
     { "rank", COUNT, &more.rank, "0 to 65536", "0", "of B A (lora, rosa); 0: as many values as --density has, nearly" }, \
     { "lora-alpha", REAL, &more.lora_alpha, "0 to 1e6", "0", "B A counts lora-alpha / rank times; 0: once" }, \
@@ -376,6 +380,22 @@ static void mask_random(Model *model, double density)
     }
 }
 
+// A ticket's mask, before the plan counts its entries, and its values, where they are DeltaW's start.
+static void mask_start(Model *model, const char *path)
+{
+    File file = file_open(path, "tick");
+    mask_load(model, &file, matrices(model));
+    file_close(&file);
+}
+
+static void values_start(Model *model, const char *path)
+{
+    File file = file_open(path, "tick");
+    check_base(model, &file);
+    numbers_at(delta_tensor(model, 0)->value, &file, "values", adapter_entries(model));
+    file_close(&file);
+}
+
 // The entries with the largest scores; ties to the lower index. `score` is of all matrices, end to end.
 static void mask_largest(Model *model, const float *score, double density, Threshold over)
 {
@@ -460,6 +480,8 @@ static void prepare_baseline(Run *run)
     if (more.base_type == BASE_NF4 && ((more.method != METHOD_LORA && more.method != METHOD_EVAL) || *ticket_path))
         die("--base-type nf4 goes with --method lora or eval, and without --ticket");
     if (more.init == INIT_GATED && more.method != METHOD_RANDOM) die("--init gated goes with --method random");
+    if ((*more.start || given[option_find("gate")] || given[option_find("alpha-decay")]) && more.init != INIT_GATED)
+        die("--start, --gate and --alpha-decay go with --method random --init gated");
     if (*more.lora && more.method != METHOD_LORA && more.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
     if (more.rest && more.method != METHOD_RIGSA) die("--rest init goes with --method rigsa; a ticket knows it by itself");
     if (more.rest && opt.survivors == SURVIVORS_REDRAW)
@@ -489,7 +511,8 @@ static void prepare_baseline(Run *run)
     free(model->tensors);
     model->tensors = tensors;
     model->all_tensors = kept + lora_rows;
-    if (more.method == METHOD_RANDOM) mask_random(model, more.density);
+    if (*more.start) mask_start(model, more.start);
+    else if (more.method == METHOD_RANDOM) mask_random(model, more.density);
     if (more.method == METHOD_ROSA)
         for (size_t a = 0; a < matrices(model); a++) delta_tensor(model, a)->n = share(more.density, matrix_size(model, a));
 }
@@ -510,8 +533,10 @@ static void start_trained(Model *model)
     }
     if (more.init == INIT_GATED) {
         rewind_adapter(model);
+        if (*more.start && !opt.resume) values_start(model, more.start);
+        for (size_t a = 0; a < matrices(model); a++) gates_tensor(model)->value[a] = (float)more.gate;
         gates_tensor(model)->lr = (float)opt.alpha_lr;
-        gates_tensor(model)->decay = 0;
+        gates_tensor(model)->decay = (float)more.alpha_decay;
     } else if (frozen_gates()) {
         for (size_t a = 0; a < matrices(model); a++) gates_tensor(model)->value[a] = 1;
         gates_tensor(model)->grad = NULL;
