@@ -314,10 +314,10 @@ NANO = {"dim": 96, "ffn": 224, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim
         "context": 256, "tied": 1, "dtype": 0, "theta": 1e4, "eps": 1e-5}
 
 
-def save_random_base(path, rng):
-    """Writes the base before its training: N(0, 1 / in) entries, `o` and `down` 0.4 of that, embeddings N(0, .05^2)."""
+def save_random_base(path, rng, config=NANO):
+    """Writes a base before its training: N(0, 1 / in) entries, `o` and `down` 0.4 of that, embeddings N(0, .05^2)."""
     weights = array("f")
-    for name, shape in tensor_shapes(NANO):
+    for name, shape in tensor_shapes(config):
         if len(shape) == 1:
             weights.extend([1.0] * shape[0])
         else:
@@ -326,7 +326,7 @@ def save_random_base(path, rng):
             weights.extend(rng.gauss(0, spread) for _ in range(shape[0] * shape[1]))
     if sys.byteorder == "big":
         weights.byteswap()
-    write_file(path, "base", base_sections(NANO, "nano", weights.tobytes()))
+    write_file(path, "base", base_sections(config, "nano", weights.tobytes()))
     print(f"{path}: {len(weights):,} random weights")
 
 
