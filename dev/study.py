@@ -390,11 +390,21 @@ def cost(args, arm):
     return args.share * (arm.last + arm.passes * arm.round) + SCORING
 
 
+def read_rows(folder):
+    """The rows of a study.csv as dicts of texts; none where there is no such file."""
+    path = os.path.join(folder, "study.csv")
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 class Study:
     """The rows so far, and the time that is left."""
 
     def __init__(self, args):
-        self.args, self.rows, self.lock = args, [], Lock()
+        self.args, self.lock = args, Lock()
+        self.rows = [row for row in read_rows(args.out) if row["question"] not in args.questions]
         self.arms = {name: QUESTIONS[name]() for name in args.questions}
         self.left = sum(cost(args, arm) * ((len(arm.rates) if len(arm.rates) > 1 else 0) + len(args.seeds))
                         for arms in self.arms.values() for arm in arms)
@@ -419,23 +429,23 @@ class Study:
 
     def write(self):
         """study.csv, in the order of the table."""
-        order = {(name, arm.name): (i, j) for i, (name, arms) in enumerate(self.arms.items()) for j, arm in enumerate(arms)}
-        ordered = sorted(self.rows, key=lambda row: (*order.get((row["question"], row["arm"]), (-1, -1)), row["role"] == "answer",
-                                                     float(row["lr"]), row["seed"]))
+        order = {(name, arm.name): (i, j) for i, (name, arms) in enumerate(QUESTIONS.items()) for j, arm in enumerate(arms())}
+        ordered = sorted(self.rows, key=lambda row: (order.get((row["question"], row["arm"]), (-1, -1)), row["role"] == "answer",
+                                                     float(row["lr"]), int(row["seed"])))
         path = os.path.join(self.args.out, "study.csv")
         with open(path + ".new", "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows({"share": self.args.share, "batch": self.args.batch, **row} for row in ordered)
+            writer.writerows({"share": self.args.share, "batch": self.args.batch} | row for row in ordered)
         os.replace(path + ".new", path)
 
     def base(self, arm, role):
         """The base's scores beside an arm; their row comes once."""
         scores = base_scores(self.args, arm, role)
-        row = {"question": "base", "arm": f"{arm.task}, width {arm.width}", "role": role, "lr": 0, "seed": 0, **scores}
+        key = {"question": "base", "arm": f"{arm.task}, width {arm.width}", "role": role}
         with self.lock:
-            if row not in self.rows:
-                self.rows.append(row)
+            if not any(key.items() <= row.items() for row in self.rows):
+                self.rows.append({**key, "lr": 0, "seed": 0, **scores})
         return scores
 
     def ask(self, pool, question):
