@@ -1,0 +1,151 @@
+"""
+What dev/study.py found, as tables with intervals and a plot per question.
+
+    python dev/study_report.py doc/study.csv doc/study.md     tables between their markers in study.md, plots beside it
+
+A table has a row per arm: means over the seeds of the answer (never of the one that chose the rate), and the difference
+to the question's first row of comparison, pair by pair over the seeds that both have, with 95 % intervals of Student's t.
+`kept` is the mean over the skills of score / score of the base. Plots have a point per seed and the interval of the mean.
+"""
+import argparse
+import csv
+import os
+import re
+import sys
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from scipy import stats  # noqa: E402
+
+SKILLS = ("addition", "sizes", "packing")
+BESIDE = {  # question: the arm that the others are compared with; where there are groups, of each group, a prefix
+    "decay": "decay 1", "lottery": "own start", "gate": "gate 1e-6, learned, start random", "pruning": "5 rounds",
+    "readings": "rest zero, rewind, matrix, 0.56", "rank": "rank 2", "targets": "RIGSA", "pictures": "RIGSA", "sizes": "RIGSA",
+}
+
+
+def read(path):
+    """Rows of study.csv with numbers in place of texts, and `kept_share`, of which the rows `base` are the measure."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name in ("lr", "seed", "density", "target", *SKILLS):
+            row[name] = float(row[name] or "nan")
+    base = next(row for row in rows if row["question"] == "base" and row["arm"].endswith("width 96"))
+    widths = {row["arm"].split(", ")[1]: row for row in rows if row["question"] == "base"}
+    for row in rows:
+        mine = widths.get(row["arm"].split(":")[0], base)
+        row["kept_share"] = np.mean([row[skill] / mine[skill] for skill in SKILLS])
+        row["addition_share"] = row["addition"] / mine["addition"]
+    return rows
+
+
+def interval(values):
+    """(mean, half of the 95 % interval of Student's t); NaN where there is one value."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return values.mean(), np.nan
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+
+
+def paired(mine, other, name):
+    """interval of the differences over the seeds that both have; None where there are none."""
+    there = {row["seed"]: row[name] for row in other}
+    differences = [row[name] - there[row["seed"]] for row in mine if row["seed"] in there]
+    return interval(differences) if differences else None
+
+
+def arms_of(rows, question):
+    """The answers of a question: a dict, arm -> rows, in the order of the file."""
+    found = {}
+    for row in rows:
+        if row["question"] == question and row["role"] == "answer":
+            found.setdefault(row["arm"], []).append(row)
+    return found
+
+
+def beside(arms, question, name):
+    """The rows that arm `name` is compared with; None for that arm itself and where they are not there."""
+    group, colon, _ = name.rpartition(": ")
+    other = group + colon + BESIDE[question]
+    return None if other == name else arms.get(other)
+
+
+def number(value, signed=False):
+    """Three decimals without the zero before the point."""
+    return "" if np.isnan(value) else re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{'+' if signed else ''}.3f}")
+
+
+def with_interval(pair, signed=False):
+    """mean +- half."""
+    mean, half = pair
+    return number(mean, signed) + (f" ± {number(half)}" if half == half else "")
+
+
+def table(rows, question):
+    """Lines of Markdown."""
+    arms = arms_of(rows, question)
+    lines = ["| arm | lr | seeds | density | target | kept | addition kept | target, difference | kept, difference |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, mine in arms.items():
+        other = beside(arms, question, name)
+        differences = [paired(mine, other, column) if other else None for column in ("target", "kept_share")]
+        lines.append(f"| {name} | {mine[0]['lr']:g} | {len(mine)} | {number(np.mean([row['density'] for row in mine]))} | " +
+                     " | ".join(with_interval(interval([row[column] for row in mine]))
+                                for column in ("target", "kept_share", "addition_share")) + " | " +
+                     " | ".join(with_interval(pair, True) if pair else "" for pair in differences) + " |")
+    return lines
+
+
+def draw(rows, question, path):
+    """A row per arm, the target on the left, what is kept of the skills on the right."""
+    arms = arms_of(rows, question)
+    figure, axes = plt.subplots(ncols=2, sharey=True, figsize=(8, 0.8 + 0.24 * len(arms)))
+    for axis, column, label in zip(axes, ("target", "kept_share"), ("target, share right", "skills, share of the base's")):
+        for place, mine in enumerate(arms.values()):
+            values = [row[column] for row in mine]
+            mean, half = interval(values)
+            axis.plot(values, [place] * len(values), "o", color="#56B4E9", markersize=3)
+            axis.errorbar([mean], [place], xerr=[0 if np.isnan(half) else half], fmt="|", color="black", capsize=2, linewidth=1)
+        shown = [row[column] for mine in arms.values() for row in mine]
+        margin = 0.04 * (max(shown) - min(shown)) + 0.005
+        axis.set_xlim(min(shown) - margin, max(shown) + margin)  # wide intervals are cut
+        axis.set_yticks(range(len(arms)), arms, fontsize=8)
+        axis.set_xlabel(label, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#dddddd", linewidth=0.5)
+    axes[0].invert_yaxis()
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The study's tables and plots.")
+    parser.add_argument("csv", help="of dev/study.py")
+    parser.add_argument("page", help="the page whose tables are replaced; plots go beside it")
+    args = parser.parse_args()
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters stay letters: small files
+    matplotlib.rcParams["svg.hashsalt"] = "study"
+    try:
+        rows = read(args.csv)
+        with open(args.page) as file:
+            page = file.read()
+    except OSError as error:
+        sys.exit(f"study_report.py: {error}")
+    for question in BESIDE:
+        if not arms_of(rows, question):
+            continue
+        between = f"<!-- table {question} -->\n", f"<!-- end {question} -->"
+        if not all(mark in page for mark in between):
+            sys.exit(f"study_report.py: {args.page} has no place for the table of `{question}`: {between[0].strip()} .. {between[1]}")
+        before, rest = page.split(between[0])
+        page = before + between[0] + "\n".join(table(rows, question)) + "\n" + between[1] + rest.split(between[1])[1]
+        draw(rows, question, os.path.join(os.path.dirname(args.page), f"study_{question}.svg"))
+    with open(args.page, "w") as file:
+        file.write(page)
+
+
+if __name__ == "__main__":
+    main()
