@@ -104,8 +104,10 @@ def prunings():
 
 def gates():
     """Question 4, first half: where the gate begins, whether it learns, whether DeltaW begins at random; random masks."""
+    def rates(gate, learned):
+        return RATES if learned else (0.0015, *RATES) if gate == "1" else RATES[-1:]  # a small fixed gate learns nothing
     return [gated(f"gate {gate}, {'learned' if learned else 'fixed'}, start {start}", "--gate", gate, "--sigma", sigma,
-                  *([] if learned else ["--alpha-lr", 0]), rates=RATES if learned else (0.0015, *RATES))
+                  *([] if learned else ["--alpha-lr", 0]), rates=rates(gate, learned))
             for gate in ("1e-6", "1e-3", "1") for learned in (True, False)
             for start, sigma in (("random", 0.06), ("zero", 1e-12))]  # sigma 0 is refused: a start without signs
 
