@@ -100,6 +100,16 @@ class Controls(Folder):
         self.assertEqual(self.train(self.arm, "--start", self.start("own start")[0])[1], self.said)
         self.assertNotEqual(self.train(self.arm, "--start", self.start("fresh start")[0])[1], self.said)
 
+    def test_gates(self):
+        """They begin where --gate says, stay there without a rate, and shrink with --alpha-decay."""
+        def gates(*options):
+            path = os.path.join(self.train(study.gated("", "--gate", 0.5, *options))[0], "ticket.bin")
+            return Ticket(path, read_file(path, "tick"), self.config).gates
+
+        self.assertTrue((gates("--alpha-lr", 0) == 0.5).all())
+        self.assertLess(np.abs(gates() - 0.5).max(), 0.05)
+        self.assertLess(gates("--alpha-decay", 10).max(), 0.45)
+
     def test_shuffles(self):
         """Each control changes what its name says, and nothing else."""
         own, fresh, values, mask = (self.start(name)[1] for name in study.CONTROLS)
