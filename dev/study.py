@@ -3,6 +3,7 @@ The study that the paper did not make: seven questions about RIGSA, each a few a
 
     make train_baselines && python dev/study.py --out out_study                          everything: days of one core
     python dev/study.py --out out_study --share 0.08 --batch 4 --questions decay,gate    shorter passes, some questions
+    python dev/study.py --questions decay --arms "decay (0|1)$"                          some arms
     python dev/study.py --list                                                           the table, without running it
 
 A question is a list of arms (QUESTIONS). An arm with several learning rates is tried at each of them with seed 1 and
@@ -406,8 +407,9 @@ class Study:
 
     def __init__(self, args):
         self.args, self.lock = args, Lock()
-        self.rows = [row for row in read_rows(args.out) if row["question"] not in args.questions]
-        self.arms = {name: QUESTIONS[name]() for name in args.questions}
+        self.arms = {name: [arm for arm in QUESTIONS[name]() if re.search(args.arms, arm.name)] for name in args.questions}
+        asked = {(name, arm.name) for name, arms in self.arms.items() for arm in arms}
+        self.rows = [row for row in read_rows(args.out) if (row["question"], row["arm"]) not in asked]
         self.left = sum(cost(args, arm) * ((len(arm.rates) if len(arm.rates) > 1 else 0) + len(args.seeds))
                         for arms in self.arms.values() for arm in arms)
         self.spent = self.worked = 0
@@ -471,6 +473,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description="Seven questions about RIGSA, into one CSV.")
     parser.add_argument("--out", default="out_study", metavar="FOLDER", help="of study.csv and the runs (default %(default)s)")
     parser.add_argument("--questions", default=",".join(QUESTIONS), help="which, in this order (default: %(default)s)")
+    parser.add_argument("--arms", default="", metavar="REGEX", help="only arms whose name has a match")
     parser.add_argument("--seeds", type=int, default=5, help="per arm, beside the one that chooses (default %(default)s)")
     parser.add_argument("--share", type=float, default=1, help="of the examples of every pass (default 1)")
     parser.add_argument("--batch", type=int, default=16, help="examples per update (default %(default)s)")
