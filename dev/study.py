@@ -2,7 +2,7 @@
 The study that the paper did not make: seven questions about RIGSA, each a few arms, into one CSV.
 
     make train_baselines && python dev/study.py --out out_study                          everything: days of one core
-    python dev/study.py --out out_study --share 0.08 --batch 4 --questions decay,gate    shorter passes, some questions
+    python dev/study.py --out out_study --share 0.08 --batch 4 --lr 0.012 --questions gate   shorter passes, some questions
     python dev/study.py --questions decay --arms "decay (0|1)$"                          some arms
     python dev/study.py --list                                                           the table, without running it
 
@@ -43,7 +43,6 @@ from rigsa_file import data_sections, read_examples, read_file, write_file  # no
 ROUNDS, ROUND, LAST = 5, 12800, 48000  # RIGSA's defaults: rounds, examples of a round, of the last pass
 DENSITY = 0.0355  # of the default ticket; of the masks beside it
 GATE = 7 / 3  # learning rate of the gates / that of DeltaW
-LR = 0.006  # where a question does not choose: good for shorter passes as well (doc/study.md)
 RATES = (0.003, 0.006, 0.012)
 SKILLS = ("addition", "sizes", "packing")
 DEFAULTS = {("--rounds", 5), ("--weight-decay", 1), ("--rest", "zero"), ("--survivors", "rewind"), ("--threshold", "matrix"),
@@ -55,7 +54,7 @@ class Arm(NamedTuple):
     """One way to train. `round` and `last`: examples, before they are shortened by --share."""
     name: str
     options: tuple  # of ./train_baselines
-    rates: tuple = (LR,)
+    rates: tuple = ()  # to choose among; none: --lr
     round: int = ROUND  # of each round, or of the first pass
     last: int = LAST
     passes: int = 0  # that have `round` examples
@@ -344,7 +343,7 @@ def complete(args, arm, lr, seed, role):
             os.makedirs(folder, exist_ok=True)
             base, start = base_file(args, arm.width), []
             if arm.control:
-                complete(args, rigsa(task=arm.task, width=arm.width), lr, seed, "answer")
+                complete(args, rigsa(task=arm.task, width=arm.width), lr, seed, role)
                 ticket = os.path.join(folder_of(args, rigsa(task=arm.task, width=arm.width), lr, seed), "ticket.bin")
                 start = ["--start", os.path.join(folder, "start.bin")]
                 write_start(start[1], ticket, base, arm.control, seed)
@@ -461,7 +460,7 @@ class Study:
         for arm in arms:
             base = self.base(arm, "choose") if arm in several else None
             found = {lr: balance(row, base) for (one, lr), row in tried if one is arm}
-            chosen[arm.name] = max(found, key=found.get) if found else arm.rates[0]
+            chosen[arm.name] = max(found, key=found.get) if found else (*arm.rates, args.lr)[0]
         list(pool.map(lambda run: self.row(question, run[1], chosen[run[1].name], run[0], "answer"),
                       [(seed, arm) for seed in args.seeds for arm in arms]))
         for arm in arms:
@@ -476,6 +475,7 @@ def parse(argv=None):
     parser.add_argument("--arms", default="", metavar="REGEX", help="only arms whose name has a match")
     parser.add_argument("--seeds", type=int, default=5, help="per arm, beside the one that chooses (default %(default)s)")
     parser.add_argument("--share", type=float, default=1, help="of the examples of every pass (default 1)")
+    parser.add_argument("--lr", type=float, default=0.003, help="of arms that do not choose (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="examples per update (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default %(default)s)")
     parser.add_argument("--images", metavar="FOLDER", help="the four files of Fashion-MNIST (default: download them)")
@@ -496,7 +496,7 @@ def main():
     if args.list:
         for question, arms in study.arms.items():
             for arm in arms:
-                print(f"{question:9} {arm.name:44} lr {', '.join(f'{lr:g}' for lr in arm.rates)}: {' '.join(map(str, arm.options))}")
+                print(f"{question:9} {arm.name:44} lr {', '.join(f'{lr:g}' for lr in arm.rates or [args.lr])}: {' '.join(map(str, arm.options))}")
         return
     if not os.access(os.path.join(ROOT, "train_baselines"), os.X_OK):
         sys.exit("study.py: no ./train_baselines; make train_baselines")

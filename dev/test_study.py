@@ -40,7 +40,7 @@ class Folder(unittest.TestCase):
     def train(self, arm, *more):
         """Trains an arm with seed 2 into a folder of its own: the folder, and the last line that the program said."""
         out = os.path.join(self.args.out, f"{len(os.listdir(self.args.out))}")
-        said = study.run_command(["./train_baselines", *study.train_options(self.args, arm, arm.rates[0], 2), *more, "--data",
+        said = study.run_command(["./train_baselines", *study.train_options(self.args, arm, (*arm.rates, 0.003)[0], 2), *more, "--data",
                                   os.path.join(study.NANO, "digits_train.bin"), "--eval", study.one_question(self.args),
                                   "--out", out])
         return out, said.splitlines()[-1]
@@ -52,7 +52,7 @@ class Plan(Folder):
         for question, arms in study.QUESTIONS.items():
             names = [arm.name for arm in arms()]
             self.assertEqual(len(names), len(set(names)), question)
-            folders = [study.folder_of(self.args, arm, lr, 2) for arm in arms() for lr in arm.rates]
+            folders = [study.folder_of(self.args, arm, lr, 2) for arm in arms() for lr in arm.rates or (0.003,)]
             self.assertEqual(len(folders), len(set(folders)), question)
 
     def test_defaults_are_one_run(self):
@@ -60,13 +60,13 @@ class Plan(Folder):
         names = {"decay": "decay 1", "lottery": "the ticket", "pruning": "5 rounds", "readings": "rest zero, rewind, matrix, 0.56",
                  "targets": "digits: RIGSA"}
         arms = {(question, arm.name): arm for question, arm in ARMS}
-        self.assertEqual(len({study.folder_of(self.args, arms[pair], study.LR, 2) for pair in names.items()}), 1)
+        self.assertEqual(len({study.folder_of(self.args, arms[pair], 0.003, 2) for pair in names.items()}), 1)
 
     def test_options(self):
         """Every option of every arm is one of the program's, with a value that its help allows."""
         known = help_text()
         for question, arm in ARMS:
-            given = study.train_options(self.args, arm, arm.rates[0], 2)
+            given = study.train_options(self.args, arm, (*arm.rates, 0.003)[0], 2)
             for name, value in zip(given[::2], map(str, given[1::2])):
                 allowed = known[name.removeprefix("--")]
                 low, to, high = allowed.partition(" to ")
