@@ -211,7 +211,7 @@ def base_file(args, width):
         make_nano.save_random_base(start, make_nano.stream("base"), config)
         task_files(args, "digits")
         run_command(["./train_baselines", "--method", "full", "--base", start, "--data",
-                     os.path.join(NANO, "build", "pretrain.bin"), "--examples", 0, "--batch", 64, "--seed", 0, "--lr", 0.002,
+                     os.path.join(NANO, "build", "pretrain.bin"), "--ticket-examples", 0, "--batch", 64, "--seed", 0, "--lr", 0.002,
                      "--warmup", 0.025, "--cooldown", 0.7, "--eval", os.path.join(NANO, "addition.bin"), "--out", folder,
                      "--overwrite"])
     return path
