@@ -1315,6 +1315,7 @@ typedef struct {
     uint32_t *order;                    // (examples of the longest pass, and an epoch more) of a pass
     uint64_t hash[2 + MAX_EVALS];       // of the base's weights, the data, the evaluation sets
     char *settings;                     // one `name value` a line
+    size_t held;                        // floats that the data take, or other files
 } Run;
 
 // A method says what a run trains, and what becomes of it. Here is RIGSA's; dev/baselines.c has others.
@@ -3061,6 +3062,7 @@ static void load_data(Run *run)
         die("%s has a vocabulary of %u, %s of %u", opt.data, run->data.V, base, V);
     if (run->data.choices) die("%s holds wrong choices, which nobody should learn: not for --data", opt.data);
     run->hash[1] = run->data.hash;
+    run->held = run->data.tokens + 4 * run->data.examples;
     for (; opt.evals[run->evals]; run->evals++) {
         const char *path = opt.evals[run->evals];
         Data *eval = &run->eval[run->evals];
@@ -3078,6 +3080,7 @@ static void load_data(Run *run)
                 die("%s and %s are both called `%s`: leave one out, or make it again with another column",
                     other->path, path, eval->column);
         run->hash[2 + run->evals] = eval->hash;
+        run->held += eval->tokens + 4 * eval->examples;
         largest = max_size(largest, eval->examples);
     }
     run->verdict = allocate(largest, sizeof(Verdict));
@@ -3170,9 +3173,7 @@ static void plan(Run *run)
     Model *model = &run->model;
     const Config *c = &model->config;
     int training = run->passes > 0;
-    size_t most = 0, held = run->data.tokens + 4 * run->data.examples;
-    for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
-        held += eval->tokens + 4 * eval->examples;
+    size_t most = 0;
     if (opt.examples == 0) opt.examples = run->data.examples;
     if (opt.ticket_examples == 0) opt.ticket_examples = run->data.examples;
     for (size_t p = 1; p <= run->passes; p++) most = max_size(most, pass_examples(run, p));
@@ -3188,11 +3189,11 @@ static void plan(Run *run)
     size_t updates = updates_before(run, run->passes + 1);
     size_t packed = (size_t)omp_get_max_threads() * (PACKED_A + PACKED_B);
     const struct { const char *what; size_t floats; } need[] = {
-        { "weights", weights - halved }, { "adapter", method.trains_base ? 0 : adapter },
+        { "weights", weights - halved }, { "adapter", training && !method.trains_base ? adapter : 0 },
         { "gradients", trained }, { "moments", 2 * trained },
         { "activations", acts_layout(model, NULL, batch, training) },
         { "scratch", largest_matrix(c) + packed },
-        { "data", held + most + run->data.examples + 2 * updates } };
+        { "data", run->held + most + run->data.examples + 2 * updates } };
     double total = 0, there = 1e-6 * memory_available();
     printf("\nmodel    %s: %zu weights, %zu of them in %zu matrices to adapt; %u layers of %u, vocabulary %u\n",
            model->base.name, weights, adapted, matrices(model), c->L, c->C, c->V);

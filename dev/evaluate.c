@@ -355,6 +355,8 @@ static void evaluate_whole(Run *run)
     for (size_t i = 0; i < run->evals; i++)
         if (run->eval[i].metric == NUMBER) generation[i] = generation_open(&run->eval[i], opt.evals[i]);
     Details details = { .f = details_open() };
+    struct stat ticket;
+    if (*ticket_path && !stat(ticket_path, &ticket)) run->held += (size_t)ticket.st_size / 4;
     method.prepare(run);
     plan(run);
     base_read(model, &base, 0);
