@@ -41,7 +41,7 @@ endef
 train_rigsa: train_rigsa.c dev/wide.h
 	$(build)
 
-test_rigsa: test_rigsa.c dev/evaluate.c train_rigsa.c dev/wide.h
+test_rigsa: test_rigsa.c dev/baselines.c dev/evaluate.c train_rigsa.c dev/wide.h
 	$(build)
 
 # scores with generation and details of every example
@@ -49,10 +49,10 @@ evaluate_rigsa: dev/evaluate.c train_rigsa.c dev/wide.h
 	$(build)
 
 # the methods that RIGSA is compared with (doc/baselines.md)
-train_baselines: dev/baselines.c train_rigsa.c dev/wide.h
+train_baselines: dev/baselines.c dev/evaluate.c train_rigsa.c dev/wide.h
 	$(build)
 
-dump_baselines: dev/dump_baselines.c dev/baselines.c train_rigsa.c dev/wide.h
+dump_baselines: dev/dump_baselines.c dev/baselines.c dev/evaluate.c train_rigsa.c dev/wide.h
 	$(build)
 
 # STORIES=stories260K.bin, with tok512.bin beside it: llama2.c's small model must tell its story
@@ -68,7 +68,7 @@ endif
 test-all:
 	bash .ci/run
 
-dev/bench_%: dev/bench_%.c dev/bench.h test_rigsa.c dev/evaluate.c train_rigsa.c dev/wide.h
+dev/bench_%: dev/bench_%.c dev/bench.h test_rigsa.c dev/baselines.c dev/evaluate.c train_rigsa.c dev/wide.h
 	$(build) -ldl
 
 bench: dev/bench_kernels dev/bench_step

@@ -480,7 +480,7 @@ static void prepare_baseline(Run *run)
     if (more.base_type == BASE_NF4 && ((more.method != METHOD_LORA && more.method != METHOD_EVAL) || *ticket_path))
         die("--base-type nf4 goes with --method lora or eval, and without --ticket");
     if (more.init == INIT_GATED && more.method != METHOD_RANDOM) die("--init gated goes with --method random");
-    if ((*more.start || given[option_find("gate")] || given[option_find("alpha-decay")]) && more.init != INIT_GATED)
+    if ((*more.start || more.gate != 1e-6 || more.alpha_decay > 0) && more.init != INIT_GATED)
         die("--start, --gate and --alpha-decay go with --method random --init gated");
     if (*more.lora && more.method != METHOD_LORA && more.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
     if (more.rest && more.method != METHOD_RIGSA) die("--rest init goes with --method rigsa; a ticket knows it by itself");
