@@ -1568,9 +1568,9 @@ enum { MR = 8, NV = 3 };
 enum { MR = 6, NV = 2 };
 #endif
 // So that k runs over consecutive memory, a and b are first copied ("packed") in the order in which the tiles
-// read them. Each thread has its own: a slice of b, KC x NC (3.5 MB with AVX-512), for L3, and a block of a,
+// read them. Each thread has its own: a slice of b, KC x NC (3.5 MB), for L3, and a block of a,
 // MC x KC, for L2. A block's last store may spill over its end.
-enum { NR = NV * LANES, KC = 576, MC = 96, NC = 32 * NR };
+enum { NR = NV * LANES, KC = 576, MC = 96, NC = 1536 };
 enum { PACKED_A = MC * KC + LANES, PACKED_B = KC * NC };
 enum { FEW_ROWS = 3 * MR };             // up to here dev/wide.h may take another way, with other last bits
 
@@ -1691,7 +1691,7 @@ static void tile(float *c, size_t ldc, View a, const float *b, size_t lanes,
 static const Kernel EVERYWHERE = { MR, 1, 1, pack, tile };
 
 // The sampled product takes SPAN rows at a time: their x^T, (I, SPAN), fits into L2 or nearly.
-enum { SPAN = 128 };
+enum { SPAN = 8 * LANES };
 static size_t x_t_floats(size_t I) { return whole_vectors(I) * SPAN; }                  // for one thread
 
 // A thread's packed slices, made when it first needs them: its stack, where thread-local arrays lie, may be

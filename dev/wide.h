@@ -12,18 +12,19 @@
 //     AMX                --precision bf16 on Intel's matrix registers                 other last bits in bf16
 
 // -----------------------------------------------------------------------------------------------------------
-// A block of LANES x LANES transposed in registers: each of log2(LANES) steps deals row i and row i + LANES /
-// 2 out alternately, lane by lane, like two halves of a deck of cards.
+// A block of LANES x LANES transposed in registers. Step d swaps bit d of an element's row number with bit d of
+// its column number: of rows i and i + d, whose i lacks that bit, d columns at a time change places.
 
+#define LOW(c, d) ((c) & (d) ? LANES + (c) - (d) : (c))                 // column c of the new row i, of both
+#define HIGH(c, d) (LOW(c, d) + (d))                                    // and of row i + d
+#define COLUMNS_4(F, c, d) F(c, d), F(c + 1, d), F(c + 2, d), F(c + 3, d)
+#define COLUMNS_8(F, c, d) COLUMNS_4(F, c, d), COLUMNS_4(F, c + 4, d)
 #if defined(__AVX512F__)
-#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define COLUMNS(F, d) COLUMNS_8(F, 0, d), COLUMNS_8(F, 8, d)
 #elif defined(__AVX__)
-#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#define COLUMNS(F, d) COLUMNS_8(F, 0, d)
 #else
-#define LOW_HALVES 0, 4, 1, 5
-#define HIGH_HALVES 2, 6, 3, 7
+#define COLUMNS(F, d) COLUMNS_4(F, 0, d)
 #endif
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -31,19 +32,25 @@
 typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_bits){ __VA_ARGS__ })
 #endif
+#define STEP(d) \
+    _Pragma("GCC unroll 16") \
+    for (int i = 0; i < LANES; i++) { \
+        if (i & d) continue; \
+        vec a = row[i], b = row[i + d]; \
+        row[i] = SHUFFLE(a, b, COLUMNS(LOW, d)); \
+        row[i + d] = SHUFFLE(a, b, COLUMNS(HIGH, d)); \
+    }
 
 static inline __attribute__((always_inline)) void transpose_block(vec row[LANES])
 {
-    vec dealt[LANES];
-    #pragma GCC unroll 4
-    for (int step = 1; step < LANES; step *= 2) {
-        #pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            dealt[2 * i] = SHUFFLE(row[i], row[i + LANES / 2], LOW_HALVES);
-            dealt[2 * i + 1] = SHUFFLE(row[i], row[i + LANES / 2], HIGH_HALVES);
-        }
-        memcpy(row, dealt, sizeof dealt);
-    }
+    STEP(1)
+    STEP(2)
+#ifdef __AVX__
+    STEP(4)
+#endif
+#ifdef __AVX512F__
+    STEP(8)
+#endif
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -115,8 +122,8 @@ static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, 
 typedef struct {
     size_t steps;                       // rows in a lane
     void (*transpose)(float *to, const float *from, size_t stride, size_t rows, size_t cols);
-    void (*row)(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
-                size_t row_start, size_t n);
+    size_t (*row)(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
+                  size_t row_start, size_t I, size_t n);
 } Sampler;
 
 // to (LANES, SPAN) = LANES columns of from (rows, stride), transposed; `cols` of them exist, and zero stands
@@ -136,16 +143,17 @@ static void transpose_lanes(float *to, const float *from, size_t stride, size_t 
     round_operands(to, LANES * SPAN);
 }
 
-// dw[k] += dy_o . x_i for one row o of dy^T, which stays in registers, and the columns i of its n entries,
-// index[k] = row_start + i.
+// dw[k] += dy_o . x_i for one row o of dy^T, which stays in registers, and the columns i of its entries,
+// index[k] = row_start + i, with which the n entries begin. Returns how many they are.
 static inline __attribute__((always_inline))
-void sampled_row_of(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
-                    size_t row_start, size_t n, MultiplyAdd *madd)
+size_t sampled_row_of(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
+                      size_t row_start, size_t I, size_t n, MultiplyAdd *madd)
 {
     typedef float quad __attribute__((vector_size(16)));
     vec dy[SPAN / LANES];
+    size_t k;
     memcpy(dy, dy_o, sizeof dy);
-    for (size_t k = 0; k < n; k++) {
+    for (k = 0; k < n && index[k] < row_start + I; k++) {
         const vec_at *x_i = (const vec_at *)(x_t + (index[k] - row_start) * SPAN);
         union { vec all; quad part[LANES / 4]; } sum = { { 0 } };
         #pragma GCC unroll 8
@@ -153,12 +161,13 @@ void sampled_row_of(float *dw, const float *dy_o, const float *x_t, const uint32
         for (int i = 1; i < LANES / 4; i++) sum.part[0] += sum.part[i];     // few additions, in a fixed order
         dw[k] += (sum.part[0][0] + sum.part[0][2]) + (sum.part[0][1] + sum.part[0][3]);
     }
+    return k;
 }
 
-static void sampled_row(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
-                        size_t row_start, size_t n)
+static size_t sampled_row(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
+                          size_t row_start, size_t I, size_t n)
 {
-    sampled_row_of(dw, dy_o, x_t, index, row_start, n, multiply_add);
+    return sampled_row_of(dw, dy_o, x_t, index, row_start, I, n, multiply_add);
 }
 
 static const Sampler LANES_SAMPLER = { 1, transpose_lanes, sampled_row };
@@ -266,10 +275,10 @@ static void transpose_pairs(float *to, const float *from, size_t stride, size_t 
     }
 }
 
-static void sampled_row_pairs(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
-                              size_t row_start, size_t n)
+static size_t sampled_row_pairs(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
+                                size_t row_start, size_t I, size_t n)
 {
-    sampled_row_of(dw, dy_o, x_t, index, row_start, n, multiply_pairs);
+    return sampled_row_of(dw, dy_o, x_t, index, row_start, I, n, multiply_pairs);
 }
 
 static const Kernel PAIRS = { MR, 2, 1, pack_pairs, tile_pairs };
@@ -409,14 +418,11 @@ static void sampled_product(float *dw, const uint32_t *index, size_t n, const fl
             rows = min_size(N - n0, use->steps * SPAN);
             for (size_t i = 0; i < I; i += LANES)
                 use->transpose(own + i * SPAN, x + n0 * I + i, I, rows, I - i);
-            for (size_t o0 = o_first, end = first; o0 < o_end; o0 += LANES) {
+            for (size_t o0 = o_first, k = first; o0 < o_end; o0 += LANES) {
                 vec dy_t[LANES][SPAN / LANES];
                 use->transpose((float *)dy_t, dy + n0 * O + o0, O, rows, O - o0);
-                for (size_t o = o0; o < min_size(O, o0 + LANES); o++) {
-                    size_t k = end;
-                    while (end < n && index[end] < (o + 1) * I) end++;
-                    use->row(dw + k, (float *)dy_t[o - o0], own, index + k, o * I, end - k);
-                }
+                for (size_t o = o0; o < min_size(O, o0 + LANES); o++)
+                    k += use->row(dw + k, (float *)dy_t[o - o0], own, index + k, o * I, I, n - k);
             }
         }
     }
