@@ -1,67 +1,105 @@
 """
 RIGSA and the methods it is compared with: every method at several learning rates and seeds, into one CSV.
 
-    make train_baselines && python dev/compare.py --out out_compare             the whole table: hours, see below
+    make train_baselines && python dev/compare.py --out out_compare             the small model's whole table: hours, see below
     python dev/compare.py --out out_compare --methods rigsa,lora --seeds 1      a part of it
     python dev/compare.py --out out_short --share 0.1                           passes of a tenth of the length
+    python dev/compare.py --base smollm2.bin --data data_smollm2/mnist_7_train.bin --eval data_smollm2/mnist_7_heldout.bin \\
+        --eval data_smollm2/piqa.bin --eval data_smollm2/own.bin --seeds 1 --jobs 1 --out out_real      the real model's
 
 One thread per run and --jobs of them at a time: the results are the same bits as with more threads. A run that is already
-in the CSV is not made again, so the same command after an interruption goes on where it stopped.
+in the CSV is not made again, one that was stopped goes on from its last save: the same command after an interruption goes on.
 
-Every method trains about as many values as RIGSA's ticket has entries (SIZE below), except full and dense, which train
-everything, and lora16. Every method gets LAST examples in its last pass. RIGSA and LT-SFT look at others before that,
-in RIGSA's rounds and in LT-SFT's first pass, FIRST together; with --budget total the methods that have only one pass get
-these examples as well: once a comparison at equal last pass, once at equal total, `both` for those two.
+What is compared on a base is a Table below: NANO, and REAL where --base is given. Every method gets `last` examples in its
+last pass. RIGSA and LT-SFT look at others before that, in RIGSA's rounds and in LT-SFT's first pass, ROUNDS * `round`
+together; with --budget total the methods that have only one pass get these examples as well: once a comparison at equal last
+pass, once at equal total, `both` for those two. All but full, dense and LoRA of a given rank train about as many values as
+RIGSA's ticket has entries (`density`).
 
-compare.csv has a row per run: method, budget, lr, seed, density (trained values of the last pass / entries) and the score of each
-evaluation set; `base` is the base itself. The folders of the runs are beside it, for dev/plot.py.
+compare.csv has a row for the base, for every run, and for every round of RIGSA's (`round`: its number, empty for a last pass):
+commit      of the program, and whether it was changed since
+processor   name, vectors, threads
+budget, share, lr, seed, settings      of the run; settings are the options of ./train_baselines
+examples    of the pass; losses: mean loss of each eighth of it
+values      trained in the pass; density: values / entries of the adapted matrices; flipped: share of the signs, in a round
+seconds     of processor time and memory (MB, the most at any time), of the whole run
+then the score and the standard error of each evaluation set. The folders of the runs are beside it, for dev/plot.py.
 """
 import argparse
 import csv
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
-ROUNDS, ROUND, LAST = 5, 12800, 48000  # RIGSA's defaults: examples of a round, and of the last pass
-FIRST = ROUNDS * ROUND
-SIZE = 0.03545  # density of the nano ticket, 9803 entries: LoRA's rank becomes 2 (9792 values), RoSA's 1 with half of the mask
-GATE = 7 / 3  # RIGSA's learning rate of the gates, relative to that of DeltaW
-
+ROUNDS = 5
+PARTS = 8  # of a pass, whose mean losses stand in the CSV
+LOOK = 300  # seconds between two looks at how far the runs are
 LOW, MIDDLE, HIGH = (3e-5, 1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2)
-GATED = (1e-3, 3e-3, 6e-3, 1.2e-2)
-METHODS = {  # name: (learning rates, options)
-    "rigsa": (GATED, ["--method", "rigsa"]),
-    "gated random": (GATED, ["--method", "random", "--init", "gated", "--density", SIZE]),
-    "random": (HIGH, ["--method", "random", "--density", SIZE]),
-    "ltsft": (MIDDLE, ["--method", "ltsft", "--density", SIZE]),
-    "lora": (MIDDLE, ["--method", "lora", "--density", SIZE]),
-    "qlora": (MIDDLE, ["--method", "lora", "--base-type", "nf4", "--density", SIZE]),
-    "lora16": (MIDDLE, ["--method", "lora", "--rank", 16]),
-    "rosa": (MIDDLE, ["--method", "rosa", "--density", SIZE / 2]),
-    "full": (LOW, ["--method", "full", "--weight-decay", 0]),
-    "dense": (LOW, ["--method", "dense"]),
-}
-SEVERAL_PASSES = ("rigsa", "ltsft")
+
+
+class Table(NamedTuple):
+    """What is compared on a base."""
+    round: int  # examples of a round
+    last: int  # and of the last pass
+    batch: int
+    gate: float  # alpha-lr / lr
+    sigma: float  # sigma / lr; None: the default sigma
+    methods: dict  # name: (learning rates, options)
+
+
+def methods(density, gated, masks, lora, low, **more):
+    """Those that every table has, with `density` for all that have as many values as RIGSA's ticket; rates of each kind."""
+    return {
+        "rigsa": (gated, ["--method", "rigsa"]),
+        "gated random": (gated, ["--method", "random", "--init", "gated", "--density", density]),
+        "random": (masks, ["--method", "random", "--density", density]),
+        "ltsft": (lora, ["--method", "ltsft", "--density", density]),
+        "lora": (lora, ["--method", "lora", "--density", density]),
+        "qlora": (lora, ["--method", "lora", "--base-type", "nf4", "--density", density]),
+        "lora16": (lora, ["--method", "lora", "--rank", 16]),
+        "rosa": (lora, ["--method", "rosa", "--density", density / 2]),
+        "full": (low, ["--method", "full", "--weight-decay", 0]),
+        "dense": (low, ["--method", "dense"]),
+        **more,
+    }
+
+
+# Rounds and last pass of RIGSA's defaults. Its ticket has 9,803 entries: LoRA's rank becomes 2 (9,792 values), RoSA's 1.
+NANO = Table(12800, 48000, 16, 7 / 3, None, methods(0.03545, (1e-3, 3e-3, 6e-3, 1.2e-2), HIGH, MIDDLE, LOW))
+
+# doc/real.md has what these were chosen from. A round of 600 updates: lr 2.4 / 600, as doc/smollm2.md has it, and half and
+# twice of it.
+REAL = Table(4800, 4800, 8, 1 / 2, 20, methods(
+    0.0355, (2e-3, 4e-3, 8e-3), HIGH[:3], (3e-4, 1e-3, 2e-3), LOW[:3],
+    redraw=((2e-3, 4e-3, 8e-3), ["--method", "rigsa", "--keep", 0.8, "--survivors", "redraw"]),
+    **{f"qlora{rank}": ((3e-4, 1e-3, 2e-3), ["--method", "lora", "--base-type", "nf4", "--rank", rank])
+       for rank in (16, 64, 256)}))
+SEVERAL_PASSES = ("rigsa", "redraw", "ltsft")
 
 
 def plan(args):
-    """All runs as dicts: method, budget, lr, seed, the options of ./train_baselines and the number of examples."""
-    runs = []
+    """All runs as dicts: method, budget, lr, seed, the options of ./train_baselines and the examples that they see."""
+    table, runs = args.table, []
+    one, last = round(table.round * args.share), round(table.last * args.share)
+    first = round(ROUNDS * table.round * args.share)
     for seed in args.seeds:  # seed by seed: an interrupted comparison has all methods
         for method in args.methods:
-            rates, options = METHODS[method]
+            rates, options = table.methods[method]
+            budget = "both" if method in SEVERAL_PASSES else args.budget
+            end = last + first if budget == "total" else last
+            examples = {"rigsa": one, "redraw": one, "ltsft": first, "full": end}.get(method, 0)
             for lr in rates:
-                first, last = round(FIRST * args.share), round(LAST * args.share)
-                budget = "both" if method in SEVERAL_PASSES else args.budget
-                if budget == "total":
-                    last += first
-                examples = {"rigsa": round(ROUND * args.share), "ltsft": first, "full": last}.get(method, 0)
                 runs.append({
                     "method": method, "budget": budget, "lr": lr, "seed": seed,
-                    "cost": last + (first if method in SEVERAL_PASSES else 0),
-                    "options": [*options, "--lr", lr, "--alpha-lr", GATE * lr, "--seed", seed, "--ticket-examples", last,
+                    "cost": end + (first if method in SEVERAL_PASSES else 0),
+                    "options": [*options, "--lr", lr, "--alpha-lr", table.gate * lr,
+                                *(["--sigma", table.sigma * lr] if table.sigma else []),
+                                "--batch", table.batch, "--seed", seed, "--ticket-examples", end,
                                 *(["--examples", examples] if examples else [])],
                 })
     return runs
@@ -72,32 +110,100 @@ def key(row):
     return row["method"], row["budget"], f"{float(row['lr']):g}", int(row["seed"])
 
 
+def words(run):
+    """Its options in one text."""
+    return " ".join(f"{word:g}" if isinstance(word, float) else str(word) for word in run["options"])
+
+
 def folder(args, run):
     """Of a run."""
     return os.path.join(args.out, "{}_{}_{}_{}".format(*key(run)).replace(" ", "_"))
 
 
-def read_table(path):
-    """The rows of a run's table.csv as dicts."""
-    with open(os.path.join(path, "table.csv"), newline="") as file:
+def read_rows(path):
+    """The rows of a CSV as dicts; none where it is not there yet."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
+def commit():
+    """Of the program, with a + where it was changed since."""
+    said = subprocess.run(["git", "describe", "--always", "--exclude=*", "--dirty=+"], capture_output=True, text=True)
+    return said.stdout.strip()
+
+
+def processor():
+    """Its name and its widest vectors, as far as Linux says."""
+    text = ""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            text = file.read()
+    names, flags = re.findall(r"model name\s*: (.*)", text)[:1], text.split()
+    return ", ".join(names + [flag for flag in ("amx_bf16", "avx512f", "avx2") if flag in flags][:1] + ["1 thread"])
+
+
 def train(args, run):
-    """Makes a run; its rows: that of the base, and that of the last pass. RuntimeError, in one line, when it fails."""
+    """Makes a run, or goes on with it; its rows for the CSV, as dicts. RuntimeError, in one line, when it fails."""
     out = folder(args, run)
-    result = subprocess.run(["./train_baselines", *map(str, run["options"]), "--out", out, "--overwrite"],
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{out}: {result.stderr.strip()}")
-    table = read_table(out)
-    return table[0], table[-1]
+    os.makedirs(out, exist_ok=True)
+    begun = os.path.exists(os.path.join(out, "state.bin"))
+    with open(os.path.join(out, "log.txt"), "a+") as log, open(os.path.join(out, "used.csv"), "a+", newline="") as use:
+        process = subprocess.Popen(["./train_baselines", *words(run).split(), *args.files, "--out", out,
+                                    "--resume" if begun else "--overwrite"],
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        csv.writer(use).writerow([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024])  # each time that it was started
+        log.seek(0), use.seek(0)
+        said, used = log.read(), [tuple(map(float, line)) for line in csv.reader(use)]
+    if process.returncode:
+        raise RuntimeError(f"{out}: {(said.strip() or 'killed').splitlines()[-1]}")
+    weights, entries = map(int, re.search(r"(\d+) weights, .*; (\d+) of them", said).groups())
+    base, *passes = read_rows(os.path.join(out, "table.csv"))
+    losses = read_rows(os.path.join(out, "loss.csv"))
+    same = {"commit": args.commit, "processor": args.processor, "share": args.share}
+    found = [same | {"method": "base", "lr": 0, "seed": 0, "density": 0} | scores(base)]
+    for row in passes:
+        mine = [float(loss["loss"]) for loss in losses if loss["pass"] == row["round"]]
+        found.append(same | {
+            "method": run["method"], "round": "" if row is passes[-1] else row["round"], "budget": run["budget"],
+            "lr": f"{run['lr']:g}", "seed": run["seed"], "settings": words(run),
+            "examples": len(mine) * args.table.batch, "losses": parts(mine), "density": row["density"],
+            "flipped": "" if row["flipped"] == "nan" else row["flipped"],
+            "values": weights if row["density"] == "nan" else round(float(row["density"]) * entries),  # nan: full
+            "seconds": round(sum(seconds for seconds, _ in used)), "memory": round(max(memory for _, memory in used)),
+        } | scores(row))
+    return found
 
 
 def scores(row):
-    """The scores in a row of a table.csv: a dict, evaluation set -> share."""
-    names = [name.removesuffix("_error") for name in row if name.endswith("_error")]
-    return {name: row[name] for name in names}
+    """The scores in a row of a table.csv, and their errors: a dict."""
+    sets = [name.removesuffix("_error") for name in row if name.endswith("_error")]
+    return {name: row[name] for column in sets for name in (column, f"{column}_error")}
+
+
+def parts(losses):
+    """The means of PARTS parts of a list, in one text."""
+    ends = [len(losses) * i // PARTS for i in range(PARTS + 1)]
+    return " ".join(f"{sum(losses[a:b]) / (b - a):.3f}" for a, b in zip(ends, ends[1:]) if a < b)
+
+
+COLUMNS = ("commit", "processor", "method", "round", "budget", "share", "lr", "seed", "settings", "examples", "losses",
+           "values", "flipped", "seconds", "memory", "density")
+
+
+def write(path, new):
+    """Appends a run's rows to the CSV, the base's only to an empty one. ValueError where it has other columns."""
+    columns, there = [*COLUMNS, *(name for name in new[0] if name not in COLUMNS)], read_rows(path)
+    if there and list(there[0]) != columns:
+        raise ValueError(f"{path} has other columns; choose another --out")
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        if not there:
+            writer.writeheader()
+        writer.writerows(new[1:] if there else new)
 
 
 def minutes(seconds):
@@ -105,57 +211,69 @@ def minutes(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def make_all(args, todo, path):
+    """Makes the runs, --jobs at a time, and says after each one and now and then how far they are."""
+    def seen():
+        """Examples that the runs have seen, as far as they have saved them."""
+        return args.table.batch * sum(len(read_rows(os.path.join(folder(args, run), "loss.csv"))) for run in todo)
+
+    start, before, total = time.time(), seen(), sum(run["cost"] for run in todo)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        pending = {pool.submit(train, args, run): run for run in todo}
+        try:
+            while pending:
+                done, _ = wait(pending, LOOK, FIRST_COMPLETED)
+                for future in done:
+                    run, new = pending.pop(future), future.result()
+                    write(path, new)
+                    print(f"{run['method']:13} lr {run['lr']:<7g} seed {run['seed']}   " + "   ".join(
+                        f"{name} {float(score):.3f}" for name, score in new[-1].items() if f"{name}_error" in new[-1]))
+                if (now := seen()) > before:
+                    left = (time.time() - start) * (total - now) / (now - before)
+                    print(f"{now / total:.0%} of the examples, {minutes(left)} left", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def main():
     parser = argparse.ArgumentParser(description="All methods at several learning rates and seeds, into one CSV.")
-    parser.add_argument("--out", default="out_compare", metavar="FOLDER", help="of compare.csv and the runs (default %(default)s)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="which (default: %(default)s)")
+    parser.add_argument("--out", default="out_compare", metavar="FOLDER",
+                        help="of compare.csv and the runs (default %(default)s)")
+    parser.add_argument("--base", metavar="FILE", help="a real model, and the table REAL; default: the small one, and NANO")
+    parser.add_argument("--data", metavar="FILE", help="training examples of the new task")
+    parser.add_argument("--eval", metavar="FILE", action="append", default=[], help="repeatable: the new task, then the old ones")
+    parser.add_argument("--methods", help="which, separated by commas; default: all of the table")
     parser.add_argument("--seeds", default="1,2,3", help="which (default: %(default)s)")
     parser.add_argument("--budget", default="last", choices=("last", "total"), help="what is equal (default %(default)s)")
     parser.add_argument("--share", type=float, default=1, help="of the examples of every pass (default 1)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default %(default)s)")
     args = parser.parse_args()
-    args.methods = args.methods.split(",")
+    args.table = REAL if args.base else NANO
+    args.methods = args.methods.split(",") if args.methods else list(args.table.methods)
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
-    unknown = [method for method in args.methods if method not in METHODS]
+    args.files = [word for name in ("base", "data") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+    args.files += [word for path in args.eval for word in ("--eval", path)]
+    args.commit, args.processor = commit(), processor()
+    unknown = [method for method in args.methods if method not in args.table.methods]
     if unknown:
-        sys.exit(f"compare.py: no method `{unknown[0]}`; there are {', '.join(METHODS)}")
+        sys.exit(f"compare.py: no method `{unknown[0]}`; there are {', '.join(args.table.methods)}")
     if not os.access("./train_baselines", os.X_OK):
         sys.exit("compare.py: no ./train_baselines here; make train_baselines")
     os.makedirs(args.out, exist_ok=True)
-    path, done = os.path.join(args.out, "compare.csv"), set()
-    if os.path.exists(path):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        done = {key(row) for row in rows if row["method"] != "base"}
-        if rows and float(rows[0]["share"]) != args.share:
-            sys.exit(f"compare.py: {path} was made with --share {rows[0]['share']}; choose another --out")
+    path = os.path.join(args.out, "compare.csv")
+    there = read_rows(path)
+    if there and float(there[0]["share"]) != args.share:
+        sys.exit(f"compare.py: {path} was made with --share {there[0]['share']}; choose another --out")
+    done = {key(row) for row in there if row["method"] != "base"}
     runs = plan(args)
     todo = [run for run in runs if key(run) not in done]
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done")
-    start, total, finished = time.time(), sum(run["cost"] for run in todo), 0
-
-    def work(run):
-        return run, train(args, run)
-
-    with open(path, "a", newline="") as file, ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            for run, (base, last) in pool.map(work, todo):
-                sets = list(scores(base))
-                writer = csv.writer(file)
-                if file.tell() == 0:
-                    writer.writerow(["method", "budget", "share", "lr", "seed", "density", *sets])
-                    writer.writerow(["base", "", args.share, 0, 0, 0, *scores(base).values()])
-                writer.writerow([run["method"], run["budget"], args.share, f"{run['lr']:g}", run["seed"], last["density"],
-                                 *scores(last).values()])
-                file.flush()
-                finished += run["cost"]
-                left = (time.time() - start) * (total - finished) / finished
-                print(f"{run['method']:13} lr {run['lr']:<7g} seed {run['seed']}   " +
-                      "   ".join(f"{name} {float(score):.3f}" for name, score in scores(last).items()) +
-                      f"   {minutes(left)} left", flush=True)
-        except (RuntimeError, KeyboardInterrupt) as error:
-            pool.shutdown(cancel_futures=True)
-            sys.exit(f"compare.py: {error or 'interrupted: the same command goes on'}")
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        make_all(args, todo, path)
+    except (RuntimeError, ValueError, KeyboardInterrupt) as error:
+        sys.exit(f"compare.py: {error or 'interrupted: the same command goes on'}")
 
 
 if __name__ == "__main__":
