@@ -7,19 +7,19 @@ The study that the paper did not make: seven questions about RIGSA, each a few a
     python dev/study.py --questions decay --arms "decay (0|1)$"     some arms of a question
     python dev/study.py --list                                      the table, without running it
 
-A question is a list of arms (QUESTIONS). An arm with several learning rates is tried at each of them with seed 1
-and scored on held-out questions of its target; the rate with the best sum of target and kept skills (shares of
-the base's scores, their mean) is then run with seeds 2, 3, .. (--seeds of them), and only these are scored on
-the test questions. All arms see the same seeds, so differences are taken pair by pair (dev/study_report.py). The
-skills' questions serve for both.
+A question is a list of arms (QUESTIONS). An arm with several learning rates is tried at each of them with
+seed 1 and scored on held-out questions of its target; the rate with the best sum of target and kept skills
+(shares of the base's scores, their mean) is then run with seeds 2, 3, .. (--seeds of them), and only these
+are scored on the test questions. All arms see the same seeds, so differences are taken pair by pair
+(dev/study_report.py). The skills' questions serve for both.
 
-One thread per run, --jobs of them at a time. A run is known by its options: what is in --out already is not made
-again, also for another question. The same command goes on after an interruption; more --seeds add to what is
-there, other --questions and --arms as well.
+One thread per run, --jobs of them at a time. A run is known by its options: what is in --out already is not
+made again, also for another question. The same command goes on after an interruption; more --seeds add to
+what is there, other --questions and --arms as well.
 
-study.csv has a row per arm, rate and seed: question, arm, role (choose: held-out; answer: test), lr, seed, share
-and batch; density of the last pass; kept and flipped, the shares of each round; the scores of the target and of
-the skills; seconds of training. The rows `base` are the models that nothing was added to.
+study.csv has a row per arm, rate and seed: question, arm, role (choose: held-out; answer: test), lr, seed,
+share and batch; density of the last pass; kept and flipped, the shares of each round; the scores of the
+target and of the skills; seconds of training. The rows `base` are the models that nothing was added to.
 """
 import argparse
 import csv
@@ -40,7 +40,8 @@ ROOT = os.path.dirname(HERE)
 NANO = os.path.join(HERE, "nano")
 sys.path[:0] = [HERE, NANO]
 import make_nano  # noqa: E402
-from rigsa_file import adapted_shapes, data_sections, read_base, read_examples, read_file, write_file  # noqa: E402
+from rigsa_file import (adapted_shapes, data_sections, read_base, read_examples, read_file,  # noqa: E402
+                        write_file)
 
 ROUNDS, ROUND, LAST = 5, 12800, 48000  # RIGSA's defaults: rounds, examples of a round, of the last pass
 DENSITY = 0.0355  # of the default ticket; of the masks beside it
@@ -94,18 +95,19 @@ def decays():
             for decay in (0, 0.03, 0.1, 0.3, 1, 3)]
     arms += [gated(f"random mask, gate learned, decay {decay}", "--weight-decay", decay, rates=RATES)
              for decay in (0, 1)]
-    arms += [gated(f"random mask, gate 1, decay {decay}", "--weight-decay", decay, "--gate", 1, "--alpha-lr", 0,
-                   rates=(0.0015, 0.003, 0.006)) for decay in (0, 1)]
+    arms += [gated(f"random mask, gate 1, decay {decay}", "--weight-decay", decay, "--gate", 1,
+                   "--alpha-lr", 0, rates=(0.0015, 0.003, 0.006)) for decay in (0, 1)]
     return [*arms, gated("random mask, gate decays too", "--alpha-decay", 1, rates=RATES)]
 
 
 def prunings():
-    """Question 3: n rounds to the density of five, so keep = 0.56^(5/n); examples as in five, or per round."""
+    """Question 3: n rounds to the density of five: keep 0.56^(5/n); examples as in five, or per round."""
     arms = [rigsa("5 rounds")]
     for rounds in (1, 3, 8, 12):
         keep = round(0.56 ** (ROUNDS / rounds), 4)
         name = f"{rounds} rounds" if rounds > 1 else "one shot"
-        arms.append(rigsa(f"{name}, equal total", "--keep", keep, rounds=rounds, round=ROUNDS * ROUND // rounds))
+        arms.append(rigsa(f"{name}, equal total", "--keep", keep, rounds=rounds,
+                          round=ROUNDS * ROUND // rounds))
         arms.append(rigsa(f"{name}, equal rounds", "--keep", keep, rounds=rounds))
     return arms
 
@@ -124,7 +126,7 @@ def gates():
 
 
 def lottery():
-    """Question 4 as well: the ticket's mask and start, shuffled or drawn anew; one pass, long as the ticket's."""
+    """Question 4 as well: the ticket's mask and start, shuffled or drawn anew; one pass like the ticket's."""
     return [rigsa("the ticket"), *(gated(name, control=name) for name in CONTROLS)]
 
 
@@ -159,7 +161,7 @@ def ranks():
 
 
 def sizes():
-    """Question 7: the same methods on bases of about 70 thousand, 280 thousand, 1.1 and 4.5 million weights."""
+    """Question 7: the same methods on bases of about 70, 280, 1,100 and 4,500 thousand weights."""
     return [arm._replace(name=f"width {width}: {arm.name}")
             for width in (48, 96, 192, 384) for arm in methods(width=width)]
 
@@ -190,8 +192,9 @@ def make_sorting(folder):
 
 def make_fashion(folder, side, images):
     """Fashion-MNIST as text; the last 2,500 training images held out, the first 2,500 test images."""
+    given = ["--images", images] if images else []
     run_command([sys.executable, os.path.join(ROOT, "prepro_mnist.py"), "--dataset", "fashion", "--side", side,
-                 "--out", folder, "--heldout", 2500, *(["--images", images] if images else [])])
+                 "--out", folder, "--heldout", 2500, *given])
     path = os.path.join(folder, f"fashion_{side}_test.bin")
     found = read_examples(path)
     found["examples"] = found["examples"][:2500]
@@ -245,8 +248,8 @@ def base_file(args, width):
             make_nano.save_random_base(start, make_nano.stream("base"), make_nano.NANO | sizes)
             task_files(args, "digits")  # and, beside them, the lessons
             run_command(["./train_baselines", "--method", "full", "--base", start,
-                         "--data", os.path.join(NANO, "build", "pretrain.bin"), "--ticket-examples", 0, "--batch", 64,
-                         "--seed", 0, "--lr", 0.002, "--warmup", 0.025, "--cooldown", 0.7,
+                         "--data", os.path.join(NANO, "build", "pretrain.bin"), "--ticket-examples", 0,
+                         "--batch", 64, "--seed", 0, "--lr", 0.002, "--warmup", 0.025, "--cooldown", 0.7,
                          "--eval", os.path.join(NANO, "addition.bin"), "--out", folder, "--overwrite"])
     return path
 
@@ -373,8 +376,8 @@ def train(args, arm, lr, seed, folder):
         parent = rigsa(task=arm.task, width=arm.width)
         complete(args, parent, lr, seed, "answer")
         start = ["--start", os.path.join(folder, "start.bin")]
-        write_start(start[1], os.path.join(folder_of(args, parent, lr, seed), "ticket.bin"), base, arm.control,
-                    seed)
+        ticket = os.path.join(folder_of(args, parent, lr, seed), "ticket.bin")
+        write_start(start[1], ticket, base, arm.control, seed)
     run_command(["./train_baselines", *train_options(args, arm, lr, seed), *start, "--base", base,
                  "--data", task_files(args, arm.task)[0], "--eval", one_question(args), "--out", folder,
                  "--overwrite"])
@@ -508,7 +511,7 @@ def parse(argv=None):
     """The command line; of the program, unless it is given."""
     parser = argparse.ArgumentParser(description="Seven questions about RIGSA, into one CSV.")
     add = parser.add_argument
-    add("--out", default="out_study", metavar="FOLDER", help="of study.csv and the runs (default %(default)s)")
+    add("--out", default="out_study", metavar="FOLDER", help="of study.csv and runs (default %(default)s)")
     add("--questions", default=",".join(QUESTIONS), help="which, in this order (default: %(default)s)")
     add("--arms", default="", metavar="REGEX", help="only arms whose name has a match")
     add("--seeds", type=int, default=5, help="per arm, beside the one that chooses (default %(default)s)")

@@ -1,11 +1,12 @@
 """
 What dev/study.py found, as tables with intervals and a plot per question.
 
-    python dev/study_report.py doc/study.csv doc/study.md     tables between their markers in study.md, plots beside it
+    python dev/study_report.py doc/study.csv doc/study.md     tables in the page, plots beside it
 
-A table has a row per arm: means over the seeds of the answer (never of the one that chose the rate), and the difference
-to the question's first row of comparison, pair by pair over the seeds that both have, with 95 % intervals of Student's t.
-`kept` is the mean over the skills of score / score of the base. Plots have a point per seed and the interval of the mean.
+A table stands between two comments of the page. It has a row per arm: means over the seeds of the answer (never
+of the one that chose the rate), and the difference to the arm that the question compares with (BESIDE), pair by
+pair over the seeds that both have, with 95 % intervals of Student's t. `kept` is the mean over the skills of
+score / score of the base. Plots have a point per seed and the interval of the mean.
 """
 import argparse
 import csv
@@ -20,14 +21,15 @@ import numpy as np  # noqa: E402
 from scipy import stats  # noqa: E402
 
 SKILLS = ("addition", "sizes", "packing")
-BESIDE = {  # question: the arm that the others are compared with; where there are groups, of each group, a prefix
-    "decay": "decay 1", "lottery": "own start", "gate": "gate 1e-6, learned, start random", "pruning": "5 rounds",
-    "readings": "rest zero, rewind, matrix, 0.56", "rank": "rank 2", "targets": "RIGSA", "pictures": "RIGSA", "sizes": "RIGSA",
+BESIDE = {  # question: the arm that the others are compared with, or those of the same `group: `
+    "decay": "decay 1", "lottery": "own start", "gate": "gate 1e-6, learned, start random",
+    "pruning": "5 rounds", "readings": "rest zero, rewind, matrix, 0.56", "rank": "rank 2",
+    "targets": "RIGSA", "pictures": "RIGSA", "sizes": "RIGSA",
 }
 
 
 def read(path):
-    """Rows of study.csv with numbers in place of texts, and `kept_share`, of which the rows `base` are the measure."""
+    """Rows of study.csv, numbers in place of texts, with shares of the base's scores."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -87,12 +89,13 @@ def with_interval(pair, signed=False):
 def table(rows, question):
     """Lines of Markdown."""
     arms = arms_of(rows, question)
-    lines = ["| arm | lr | seeds | density | target | kept | addition kept | target, difference | kept, difference |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| arm | lr | seeds | density | target | kept | addition kept | target, difference | " +
+             "kept, difference |", "|---|---|---|---|---|---|---|---|---|"]
     for name, mine in arms.items():
         other = beside(arms, question, name)
         differences = [paired(mine, other, column) if other else None for column in ("target", "kept_share")]
-        lines.append(f"| {name} | {mine[0]['lr']:g} | {len(mine)} | {number(np.mean([row['density'] for row in mine]))} | " +
+        density = number(np.mean([row["density"] for row in mine]))
+        lines.append(f"| {name} | {mine[0]['lr']:g} | {len(mine)} | {density} | " +
                      " | ".join(with_interval(interval([row[column] for row in mine]))
                                 for column in ("target", "kept_share", "addition_share")) + " | " +
                      " | ".join(with_interval(pair, True) if pair else "" for pair in differences) + " |")
@@ -103,12 +106,14 @@ def draw(rows, question, path):
     """A row per arm, the target on the left, what is kept of the skills on the right."""
     arms = arms_of(rows, question)
     figure, axes = plt.subplots(ncols=2, sharey=True, figsize=(8, 0.8 + 0.24 * len(arms)))
-    for axis, column, label in zip(axes, ("target", "kept_share"), ("target, share right", "skills, share of the base's")):
+    columns = {"target": "target, share right", "kept_share": "skills, share of the base's"}
+    for axis, (column, label) in zip(axes, columns.items()):
         for place, mine in enumerate(arms.values()):
             values = [row[column] for row in mine]
             mean, half = interval(values)
             axis.plot(values, [place] * len(values), "o", color="#56B4E9", markersize=3)
-            axis.errorbar([mean], [place], xerr=[0 if np.isnan(half) else half], fmt="|", color="black", capsize=2, linewidth=1)
+            axis.errorbar([mean], [place], xerr=[0 if np.isnan(half) else half], fmt="|", color="black",
+                          capsize=2, linewidth=1)
         shown = [row[column] for mine in arms.values() for row in mine]
         margin = 0.04 * (max(shown) - min(shown)) + 0.005
         axis.set_xlim(min(shown) - margin, max(shown) + margin)  # wide intervals are cut
@@ -137,11 +142,11 @@ def main():
     for question in BESIDE:
         if not arms_of(rows, question):
             continue
-        between = f"<!-- table {question} -->\n", f"<!-- end {question} -->"
-        if not all(mark in page for mark in between):
-            sys.exit(f"study_report.py: {args.page} has no place for the table of `{question}`: {between[0].strip()} .. {between[1]}")
-        before, rest = page.split(between[0])
-        page = before + between[0] + "\n".join(table(rows, question)) + "\n" + between[1] + rest.split(between[1])[1]
+        start, end = f"<!-- table {question} -->\n", f"<!-- end {question} -->"
+        if not (start in page and end in page):
+            sys.exit(f"study_report.py: {args.page} has no place for a table: {start.strip()} .. {end}")
+        before, rest = page.split(start)
+        page = before + start + "\n".join(table(rows, question)) + "\n" + end + rest.split(end)[1]
         draw(rows, question, os.path.join(os.path.dirname(args.page), f"study_{question}.svg"))
     with open(args.page, "w") as file:
         file.write(page)
