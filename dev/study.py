@@ -193,8 +193,8 @@ def make_sorting(folder):
 def make_fashion(folder, side, images):
     """Fashion-MNIST as text; the last 2,500 training images held out, the first 2,500 test images."""
     given = ["--images", images] if images else []
-    run_command([sys.executable, os.path.join(ROOT, "prepro_mnist.py"), "--dataset", "fashion", "--side", side,
-                 "--out", folder, "--heldout", 2500, *given])
+    run_command([sys.executable, os.path.join(ROOT, "prepro_mnist.py"), "--dataset", "fashion",
+                 "--side", side, "--out", folder, "--heldout", 2500, *given])
     path = os.path.join(folder, f"fashion_{side}_test.bin")
     found = read_examples(path)
     found["examples"] = found["examples"][:2500]

@@ -3,10 +3,10 @@ What dev/study.py found, as tables with intervals and a plot per question.
 
     python dev/study_report.py doc/study.csv doc/study.md     tables in the page, plots beside it
 
-A table stands between two comments of the page. It has a row per arm: means over the seeds of the answer (never
-of the one that chose the rate), and the difference to the arm that the question compares with (BESIDE), pair by
-pair over the seeds that both have, with 95 % intervals of Student's t. `kept` is the mean over the skills of
-score / score of the base. Plots have a point per seed and the interval of the mean.
+A table stands between two comments of the page. It has a row per arm: means over the seeds of the answer
+(never of the one that chose the rate), and the difference to the arm that the question compares with
+(BESIDE), pair by pair over the seeds that both have, with 95 % intervals of Student's t. `kept` is the mean
+over the skills of score / score of the base. Plots have a point per seed and the interval of the mean.
 """
 import argparse
 import csv

@@ -166,8 +166,9 @@ class Whole(Folder):
         for text, status in (("1\n<!-- table decay -->\nold\n<!-- end decay -->\n2\n", 0), ("nothing", 1)):
             with open(page, "w") as file:
                 file.write(text)
-            script, rows = os.path.join(study.HERE, "study_report.py"), os.path.join(self.args.out, "study.csv")
-            done = subprocess.run([sys.executable, script, rows, page], capture_output=True, text=True)
+            script = os.path.join(study.HERE, "study_report.py")
+            done = subprocess.run([sys.executable, script, os.path.join(self.args.out, "study.csv"), page],
+                                  capture_output=True, text=True)
             self.assertEqual(done.returncode, status, done.stderr)
             if status == 0:
                 with open(page) as file:
