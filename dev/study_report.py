@@ -3,6 +3,8 @@ What dev/study.py found, as tables with intervals and a plot per question.
 
     python dev/study_report.py doc/study.csv doc/study.md     tables in the page, plots beside it
 
+The table `compare` is of another file, compare.csv beside the study's: full-length runs of dev/compare.py.
+
 A table stands between two comments of the page. It has a row per arm: means over the seeds of the answer
 (never of the one that chose the rate), and the difference to the arm that the question compares with
 (BESIDE), pair by pair over the seeds that both have, with 95 % intervals of Student's t. `kept` is the mean
@@ -24,14 +26,25 @@ SKILLS = ("addition", "sizes", "packing")
 BESIDE = {  # question: the arm that the others are compared with, or those of the same `group: `
     "decay": "decay 1", "lottery": "own start", "gate": "gate 1e-6, learned, start random",
     "pruning": "5 rounds", "readings": "rest zero, rewind, matrix, 0.56", "rank": "rank 2",
-    "targets": "RIGSA", "pictures": "RIGSA", "sizes": "RIGSA",
+    "targets": "RIGSA", "pictures": "RIGSA", "sizes": "RIGSA", "compare": "RIGSA",
+}
+COMPARED = {  # (method, budget, rate) of dev/compare.py that doc/baselines.md speaks of, and its name here
+    ("rigsa", "both", 0.003): "RIGSA",
+    ("gated random", "last", 0.003): "random mask, gated, equal last pass",
+    ("gated random", "total", 0.003): "random mask, gated, equal total",
+    ("random", "last", 0.003): "random mask, from zero",
+    ("ltsft", "both", 0.001): "LT-SFT",
+    ("rosa", "last", 0.001): "RoSA",
+    ("lora", "last", 0.001): "LoRA",
+    ("lora16", "last", 0.001): "LoRA, rank 16, eight times the values",
+    ("dense", "last", 1e-4): "all entries, decay to W0",
 }
 
 
 def read(path):
-    """Rows of study.csv, numbers in place of texts, with shares of the base's scores."""
+    """Rows of study.csv and compare.csv, numbers in place of texts, with shares of the base's scores."""
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = compared(os.path.join(os.path.dirname(path), "compare.csv")) + list(csv.DictReader(file))
     for row in rows:
         for name in ("lr", "seed", "density", "target", *SKILLS):
             row[name] = float(row[name] or "nan")
@@ -42,6 +55,17 @@ def read(path):
         row["kept_share"] = np.mean([row[skill] / mine[skill] for skill in SKILLS])
         row["addition_share"] = row["addition"] / mine["addition"]
     return rows
+
+
+def compared(path):
+    """The rows of a compare.csv that COMPARED names, as rows of study.csv; none where there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        base, *rows = ({**row, "role": "answer", "target": row["digits"]} for row in csv.DictReader(file))
+    named = [({**row, "question": "compare", "arm": arm}) for run, arm in COMPARED.items() for row in rows
+             if run == (row["method"], row["budget"], float(row["lr"]))]
+    return [{**base, "question": "base", "arm": "digits, width 96"}, *named]
 
 
 def interval(values):
@@ -102,6 +126,28 @@ def table(rows, question):
     return lines
 
 
+def rates_table(rows, question):
+    """Lines of Markdown: the held-out target and the kept skills at every rate that was tried, one seed."""
+    tried = [row for row in rows if row["question"] == question and row["role"] == "choose"]
+    rates = sorted({row["lr"] for row in tried})
+    lines = ["| target, kept | " + " | ".join(f"lr {lr:g}" for lr in rates) + " |",
+             "|---|" + "---|" * len(rates)]
+    for arm in dict.fromkeys(row["arm"] for row in tried):
+        cells = {row["lr"]: f"{number(row['target'])}, {number(row['kept_share'])}" for row in tried
+                 if row["arm"] == arm}
+        lines.append(f"| {arm} | " + " | ".join(cells.get(lr, "") for lr in rates) + " |")
+    return lines
+
+
+def replace(page, name, lines):
+    """The page with these lines between the comments of this name; ValueError where it has none."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page has no place for a table, {start.strip()} {end}")
+    before, rest = page.split(start)
+    return before + start + "\n".join(lines) + "\n" + end + rest.split(end)[1]
+
+
 def draw(rows, question, path):
     """A row per arm, the target on the left, what is kept of the skills on the right."""
     arms = arms_of(rows, question)
@@ -126,6 +172,21 @@ def draw(rows, question, path):
     plt.close(figure)
 
 
+def report(csv_path, page_path):
+    """Replaces the page's tables, of all questions that have rows, and draws their plots beside it."""
+    rows = read(csv_path)
+    with open(page_path) as file:
+        page = file.read()
+    for question in BESIDE:
+        if any(row["question"] == question and row["role"] == "choose" for row in rows):
+            page = replace(page, f"{question}, rates", rates_table(rows, question))
+        if arms_of(rows, question):
+            page = replace(page, question, table(rows, question))
+            draw(rows, question, os.path.join(os.path.dirname(page_path), f"study_{question}.svg"))
+    with open(page_path, "w") as file:
+        file.write(page)
+
+
 def main():
     parser = argparse.ArgumentParser(description="The study's tables and plots.")
     parser.add_argument("csv", help="of dev/study.py")
@@ -134,22 +195,9 @@ def main():
     matplotlib.rcParams["svg.fonttype"] = "none"  # letters stay letters: small files
     matplotlib.rcParams["svg.hashsalt"] = "study"
     try:
-        rows = read(args.csv)
-        with open(args.page) as file:
-            page = file.read()
-    except OSError as error:
+        report(args.csv, args.page)
+    except (OSError, ValueError) as error:
         sys.exit(f"study_report.py: {error}")
-    for question in BESIDE:
-        if not arms_of(rows, question):
-            continue
-        start, end = f"<!-- table {question} -->\n", f"<!-- end {question} -->"
-        if not (start in page and end in page):
-            sys.exit(f"study_report.py: {args.page} has no place for a table: {start.strip()} .. {end}")
-        before, rest = page.split(start)
-        page = before + start + "\n".join(table(rows, question)) + "\n" + end + rest.split(end)[1]
-        draw(rows, question, os.path.join(os.path.dirname(args.page), f"study_{question}.svg"))
-    with open(args.page, "w") as file:
-        file.write(page)
 
 
 if __name__ == "__main__":

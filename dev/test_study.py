@@ -136,6 +136,11 @@ def pretend(args, arm, lr, seed, role):
             **dict.fromkeys(study.SKILLS, 0.8), "seconds": 1}
 
 
+def page_text(*names):
+    """A page with places for these tables."""
+    return "1\n" + "".join(f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in names) + "2\n"
+
+
 class Whole(Folder):
     def ask(self, question):
         """Asks one question with three seeds and without training; the rows of study.csv."""
@@ -163,7 +168,7 @@ class Whole(Folder):
         """The page's tables are replaced; a question without a place is an error."""
         self.ask("decay")
         page = os.path.join(self.args.out, "page.md")
-        for text, status in (("1\n<!-- table decay -->\nold\n<!-- end decay -->\n2\n", 0), ("nothing", 1)):
+        for text, status in ((page_text("decay", "decay, rates"), 0), (page_text("decay"), 1)):
             with open(page, "w") as file:
                 file.write(text)
             script = os.path.join(study.HERE, "study_report.py")
@@ -174,6 +179,7 @@ class Whole(Folder):
                 with open(page) as file:
                     found = file.read()
         self.assertTrue(found.startswith("1\n") and found.endswith("2\n") and "old" not in found)
+        self.assertIn("| decay 0 | .898, 1.000 | .901, 1.000 | .895, 1.000 |\n", found.replace("|  |", "|"))
         self.assertIn("| decay 0 | 0.006 | 3 | .030 | .903 ± .002 | 1.000 ± .000 | 1.000 ± .000 | " +
                       "-.010 ± .000 | +.000 ± .000 |\n", found)
         self.assertTrue(os.path.exists(os.path.join(self.args.out, "study_decay.svg")))
