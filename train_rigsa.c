@@ -41,8 +41,8 @@
 // There is no graph and no autograd: the backward pass is written by hand, each gradient line beside the
 // formula that it implements. The derivations are in doc/backward.md, the method and its open questions in
 // doc/rigsa.md, file layouts in doc/model.md. What only makes it faster, on some processors or on a
-// busy machine, is in dev/wide.h, which the Makefile builds in. dev/evaluate.c reads a ticket back, scores and
-// generates; dev/baselines.c trains other adapters, and whole models.
+// busy machine, is in dev/wide.h, which the Makefile builds in. dev/evaluate.c reads a ticket back, scores
+// and generates; dev/baselines.c trains other adapters, and whole models; dev/mpi.c on several machines.
 //
 // Letters, the same everywhere but in products
 //      N  rows: all tokens of a batch     T  tokens of one sequence     S  sequences     M  answer rows
@@ -227,6 +227,7 @@ struct Model {
     float *base_arena, *value_arena;
     size_t trained;            // values, with as many gradients and moments
     float *grad_arena, *m_arena, *v_arena;
+    float *sum_arena;          // of the gradients of several micro-batches, or NULL
     uint32_t *index_arena;
 };
 
@@ -1331,6 +1332,20 @@ typedef struct {
 
 static Method method;
 
+// Where several processes work on one run, the ranks of dev/mpi.c, these do what one does alone. Only rank 0
+// writes files.
+typedef struct {
+    int rank;
+    double (*gradient)(Run *run, const uint32_t *example, size_t count);
+    Score (*evaluate)(Run *run, const Data *data);
+    void (*compare)(Run *run);                          // are all about to make the same run?
+    int (*asked)(int number);                           // the signal that any of them got
+    void (*speak)(void);                                // before a line on an error: who says it?
+    double memory;                                      // bytes that this one may take
+} Ranks;
+
+static Ranks ranks;
+
 // What training and scoring use of Part II.
 static double trained_density(Model *model);            // the share of the matrices' entries that is trained
 static void after_update(Run *run, size_t pass, size_t t, size_t tokens);   // progress, saving, stopping
@@ -1372,21 +1387,45 @@ static void visit_order(uint32_t *order, const Data *data, size_t count, uint64_
     }
 }
 
-// Gradients of the mean loss over the answer tokens of `count` examples, added up over forward passes of
-// opt.micro examples. Returns that loss.
+static size_t answer_tokens(const Data *data, const uint32_t *example, size_t count)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < count; i++) n += data->length[example[i]] - data->answer[example[i]];
+    return n;
+}
+
+// A micro-batch is one forward pass: the gradients, from zero, of the loss of its n examples, counted once
+// for each of the batch's answer tokens. Returns the sum of the loss.
+static double micro_gradient(Run *run, const uint32_t *example, size_t n, size_t answers)
+{
+    Model *model = &run->model;
+    batch_lay(&run->batch, &run->data, example, n);
+    model_zero_grad(model);
+    model_forward(model, &run->batch);
+    double loss = head_forward_backward(model, &run->batch, 1.0f / (float)answers);
+    model_backward(model, &run->batch);
+    return loss;
+}
+
+static size_t micro_batch(size_t count) { return opt.micro ? min_size(opt.micro, count) : count; }
+
+// Gradients of the mean loss over the answer tokens of `count` examples: the sum over micro-batches, in their
+// order. Returns that loss.
 static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
 {
-    const Data *data = &run->data;
-    size_t answers = 0, micro = opt.micro ? opt.micro : count;
+    Model *model = &run->model;
+    size_t micro = micro_batch(count), n = model->trained;
+    size_t answers = answer_tokens(&run->data, example, count);
     double loss = 0;
-    for (size_t i = 0; i < count; i++) answers += data->length[example[i]] - data->answer[example[i]];
-    model_zero_grad(&run->model);
+    if (micro == count) return micro_gradient(run, example, count, answers) / (double)answers;
+    if (!model->sum_arena) model->sum_arena = floats(n);
+    memset(model->sum_arena, 0, n * sizeof(float));
     for (size_t i = 0; i < count; i += micro) {
-        batch_lay(&run->batch, data, example + i, min_size(count - i, micro));
-        model_forward(&run->model, &run->batch);
-        loss += head_forward_backward(&run->model, &run->batch, 1.0f / (float)answers);
-        model_backward(&run->model, &run->batch);
+        loss += micro_gradient(run, example + i, min_size(count - i, micro), answers);
+        #pragma omp parallel for simd
+        for (size_t k = 0; k < n; k++) model->sum_arena[k] += model->grad_arena[k];
     }
+    memcpy(model->grad_arena, model->sum_arena, n * sizeof(float));
     return loss / (double)answers;
 }
 
@@ -1394,7 +1433,7 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
 static double update(Run *run, size_t pass, size_t t, const uint32_t *example, size_t count)
 {
     size_t updates = updates_before(run, pass + 1) - updates_before(run, pass);
-    double loss = loss_and_gradient(run, example, count);
+    double loss = ranks.gradient(run, example, count);
     if (!isfinite(loss) || !model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown)))
         die("%s, update %zu: the %s is not finite. %s. %s/state.bin is as it was saved before",
             label(run, pass), t, isfinite(loss) ? "gradient" : "loss", run->updates
@@ -1546,6 +1585,8 @@ static Score evaluate(Run *run, const Data *data)
     }
     return score_verdicts(run->verdict, data);
 }
+
+static Ranks ranks = { .gradient = loss_and_gradient, .evaluate = evaluate };
 
 // -----------------------------------------------------------------------------------------------------------
 // Part II: the machine, and housekeeping
@@ -1832,6 +1873,7 @@ static void die(const char *format, ...)
     va_end(arguments);
     for (char *c = text; *c; c++) if (iscntrl((unsigned char)*c)) *c = '?';
     fflush(stdout);
+    if (ranks.speak) ranks.speak();
     fprintf(stderr, "%s" PROGRAM ": %s\n", isatty(2) ? "\r\033[K" : "", text);
     exit(1);
 }
@@ -2024,7 +2066,10 @@ static TemporaryPath temporary(const char *path)
     return to;
 }
 
-static FILE *file_begin(const char *path) { return fopen(temporary(path).path, "wb"); }
+static FILE *file_begin(const char *path)
+{
+    return fopen(ranks.rank ? "/dev/null" : temporary(path).path, "wb");
+}
 
 static int file_rename(const char *from, const char *to)
 {
@@ -2044,6 +2089,7 @@ static int file_end(FILE *f, const char *path)
     if (!f) return errno;
     if (ferror(f) || fflush(f) || fsync(fileno(f))) error = errno;
     if (fclose(f) && !error) error = errno;
+    if (ranks.rank) return 0;
     if (!error) error = file_rename(temporary(path).path, path);
     if (error) unlink(temporary(path).path);
     return error;
@@ -2301,7 +2347,8 @@ static void free_moments(Model *model)
 {
     free(model->m_arena);
     free(model->v_arena);
-    model->m_arena = model->v_arena = NULL;
+    free(model->sum_arena);
+    model->m_arena = model->v_arena = model->sum_arena = NULL;
 }
 
 // Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
@@ -2951,10 +2998,11 @@ static void ask_to_stop(int number)
 
 static void stop_if_asked(Run *run)
 {
-    if (!asked_to_stop) return;
+    int number = ranks.asked ? ranks.asked(asked_to_stop) : asked_to_stop;
+    if (!number) return;
     if (save(run)) die("%s: stopped; --resume goes on from the save before", opt.out);
     printf("stopped and saved; this goes on with it:  ./" PROGRAM " --resume --out '%s'\n", opt.out);
-    exit(128 + asked_to_stop);
+    exit(128 + number);
 }
 
 static void save_if_due(Run *run)
@@ -3008,7 +3056,7 @@ static Row *add_row(Run *run)
     *row = (Row){ trained_density(&run->model), NAN, NAN, 0 };
     pace.tokens = 0;
     for (size_t i = 0; i < run->evals; i++)
-        run->score[run->rows * run->evals + i] = evaluate(run, &run->eval[i]);
+        run->score[run->rows * run->evals + i] = ranks.evaluate(run, &run->eval[i]);
     clear_line();
     pace.began = seconds();
     row->seconds = pace.began - pace.start;
@@ -3026,6 +3074,7 @@ enum { OUTPUT_COUNT = sizeof OUTPUTS / sizeof *OUTPUTS };
 static void take_folder(void)
 {
     char path[PATH_MAX];
+    if (ranks.rank) return;
     if (mkdir(opt.out, 0777) && errno != EEXIST)
         die("--out %s: cannot be made: %s", opt.out, strerror(errno));
     int folder = open(opt.out, O_RDONLY | O_DIRECTORY);
@@ -3043,6 +3092,7 @@ static void take_folder(void)
 static void start_folder(Run *run)
 {
     char first[PATH_MAX], path[PATH_MAX];
+    if (ranks.rank) return;
     must_write(path, state_save(run, output_path("new_state.bin", first)));
     for (int i = 1; i < OUTPUT_COUNT; i++)
         if (unlink(output_path(OUTPUTS[i], path)) && errno != ENOENT) must_write(path, errno);
@@ -3147,7 +3197,7 @@ static void count_work(Run *run)
 {
     const Data *data = &run->data;
     size_t last = pass_examples(run, run->passes), rows = 0, tokens = 0;
-    size_t micro = opt.micro ? opt.micro : opt.batch;
+    size_t micro = micro_batch(opt.batch);
     double density = 1, passes = (double)run->passes;
     if (run->passes) visit_order(run->order, data, last, opt.seed, 1);
     for (size_t i = 0; run->passes && i < min_size(last, 16 * micro); i += micro) {
@@ -3177,7 +3227,8 @@ static void plan(Run *run)
     if (opt.examples == 0) opt.examples = run->data.examples;
     if (opt.ticket_examples == 0) opt.ticket_examples = run->data.examples;
     for (size_t p = 1; p <= run->passes; p++) most = max_size(most, pass_examples(run, p));
-    Largest batch = largest_batch(run, min_size(opt.micro ? opt.micro : opt.batch, most));
+    size_t micro = micro_batch(min_size(opt.batch, most));
+    Largest batch = largest_batch(run, micro);
     if (batch.T > c->context)
         printf("note: sequences of %zu tokens, the base was made for %u\n", batch.T, c->context);
 
@@ -3186,16 +3237,17 @@ static void plan(Run *run)
     size_t halved = precision == BF16 && !method.trains_base ? adapted / 2 : 0;
     size_t adapter = values_in(model->tensors + model->base_tensors, model->tensors + model->all_tensors);
     size_t trained = !training ? 0 : method.trains_base ? weights : adapter;
+    size_t sum = micro < min_size(opt.batch, most) ? trained : 0;       // loss_and_gradient
     size_t updates = updates_before(run, run->passes + 1);
     size_t packed = (size_t)omp_get_max_threads() * (PACKED_A + PACKED_B);
     const struct { const char *what; size_t floats; } need[] = {
         { "weights", weights - halved }, { "adapter", training && !method.trains_base ? adapter : 0 },
-        { "gradients", trained }, { "moments", 2 * trained },
+        { "gradients", trained + sum }, { "moments", 2 * trained },
         { "activations", acts_layout(model, NULL, batch, training) },
         { "scratch", largest_matrix(c) + packed },
         { "data", run->held + most + run->data.examples + 2 * updates } };
-    double total = 0, there = 1e-6 * memory_available();
-    printf("\nmodel    %s: %zu weights, %zu of them in %zu matrices to adapt; %u layers of %u, vocabulary %u\n",
+    double total = 0, there = 1e-6 * (ranks.memory > 0 ? ranks.memory : memory_available());
+    printf("\nmodel    %s: %zu weights, %zu in %zu matrices to adapt; %u layers of %u, vocabulary %u\n",
            model->base.name, weights, adapted, matrices(model), c->L, c->C, c->V);
     printf("memory  ");
     for (int i = 0; i < 7; total += 4e-6 * (double)need[i++].floats)
@@ -3260,6 +3312,7 @@ __attribute__((unused)) static void train_whole(Run *run)
     plan(run);
     base_read(model, &base, method.trains_base);
     run->hash[0] = model->base.hash;
+    if (ranks.compare) ranks.compare(run);
     begin_training(run);
     train(run);
     if (run->passes > 1) print_table(run);

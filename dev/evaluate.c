@@ -11,7 +11,7 @@
 // lm-evaluation-harness. That nothing of this is in the trainer has a reason: a table after every round
 // should cost little, and 500 answers of GSM8k take an estimated 40 minutes.
 
-#ifndef PROGRAM             // dev/baselines.c, which includes this file, has another name and a main of its own
+#ifndef PROGRAM             // dev/baselines.c includes this file, and has a name and a main of its own
 #define PROGRAM "evaluate_rigsa"
 #define METHOD_OPTIONS
 #define ALONE
