@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 //
-// test_rigsa.c: does train_rigsa.c compute what it says? Against PyTorch, against other ways to compute it, by hand.
+// test_rigsa.c: does train_rigsa.c compute what it says? Against PyTorch, against other ways to compute it,
+// by hand.
 //
 //     make test                          every check, without Python
 //     ./test_rigsa FILE...               PyTorch's answers are in these files of dev/dump_reference.py
 //     ./test_rigsa --stories FILE        also tells a story, with a base file of dev/export_stories.py
-//     ./test_rigsa --selftest            corrupts what each check looks at, and fails unless every check notices
-//     ./test_rigsa --logits BASE DATA OUT [TICKET]     tests nothing: writes logits for dev/test_hf.py to compare
+//     ./test_rigsa --selftest            corrupts what each check looks at: every check must notice
+//     ./test_rigsa --logits BASE DATA OUT [TICKET]     tests nothing: writes logits for dev/test_hf.py
 //
 // The last line is `N passed, N failed`; the exit status is 0 only if nothing failed.
 
@@ -37,7 +38,7 @@ enum { HAVE_THREADS = 0 };
 const char *__asan_default_options(void);
 const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The harness
 //
 // With --selftest each check of numbers is repeated on corrupted copies of them and must fail then.
@@ -120,7 +121,7 @@ static void check_close(const char *what, const float *a, const float *b, size_t
     free(copy);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // What the topics are tried on: small models with random weights, child processes
 
 static uint64_t draws;                      // random arrays so far in this topic
@@ -136,11 +137,14 @@ static void *copy_of(const void *data, size_t bytes) { return memcpy(allocate(by
 
 typedef struct { uint32_t length, answer; } Shape;      // of an example
 
-// ODD's sizes are all different, odd where they can be, and H D is not C. TINY's `gate` and `up` have six entries.
+// ODD's sizes are all different, odd where they can be, and H D is not C. TINY's `gate` and `up` have six
+// entries.
 static const Config
-    ODD = { .C = 18, .F = 37, .L = 2, .H = 6, .KV = 2, .D = 6, .V = 53, .tied = 1, .theta = 1e4f, .eps = 1e-5f },
+    ODD = { .C = 18, .F = 37, .L = 2, .H = 6, .KV = 2, .D = 6, .V = 53, .tied = 1,
+        .theta = 1e4f, .eps = 1e-5f },
     UNTIED = { .C = 15, .F = 22, .L = 1, .H = 2, .KV = 2, .D = 10, .V = 31, .theta = 500, .eps = 1e-3f },
-    TINY = { .C = 2, .F = 3, .L = 1, .H = 1, .KV = 1, .D = 2, .V = 5, .tied = 1, .theta = 1e4f, .eps = 1e-5f };
+    TINY = { .C = 2, .F = 3, .L = 1, .H = 1, .KV = 1, .D = 2, .V = 5, .tied = 1,
+        .theta = 1e4f, .eps = 1e-5f };
 static const Shape FEW[] = { { 2, 1 }, { 5, 3 }, { 9, 1 }, { 17, 14 } };
 enum { MOST_EXAMPLES = 16 };
 
@@ -173,7 +177,8 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     run->verdict = allocate(examples, sizeof(Verdict));
     rig_batch(run, 0, examples);
 
-    *model = (Model){ .config = config, .base = { 0, "rig" }, .adapter = PLAIN, .init = { .seed = 7, .sigma = 0.3f } };
+    *model = (Model){ .config = config, .base = { 0, "rig" }, .adapter = PLAIN,
+        .init = { .seed = 7, .sigma = 0.3f } };
     build_table(model);
     size_t at = 0, weights = base_weights(model);
     model->base_arena = floats(weights);
@@ -204,7 +209,8 @@ static void adapter_set(Model *model, const uint8_t *mask, const float *value, c
         size_t size = delta->n, n = 0;
         delta->index = model->index_arena + at;
         delta->value = model->value_arena + at;
-        for (size_t i = 0; i < size; i++) if (mask[i]) delta->index[n] = (uint32_t)i, delta->value[n++] = value[i];
+        for (size_t i = 0; i < size; i++)
+            if (mask[i]) delta->index[n] = (uint32_t)i, delta->value[n++] = value[i];
         delta->n = n;
         at += n, mask += size, value += size;
     }
@@ -330,26 +336,29 @@ static void check_dies(const char *what, void (*body)(const void *), const void 
 {
     int status = child(body, argument);
     char *line = strchr(said, '\n');
-    record(status == 1 && line && !line[1] && strstr(said, word), "%s: exit status %d, said: %s", what, status, said);
+    record(status == 1 && line && !line[1] && strstr(said, word), "%s: exit status %d, said: %s",
+           what, status, said);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Against PyTorch
 
 static const char *const *dumps;            // files
 static size_t dump_count;
 
-// A row of the table: the largest relative error in a kind of tensor, here and in PyTorch's own float32, at both gates.
+// A row of the table: the largest relative error in a kind of tensor, here and in PyTorch's own float32, at
+// both gates.
 typedef struct { char kind[24]; double here[2], torch[2]; } Agreement;
 static Agreement agreement[40];
 
-// About ten times the largest error on the fixture (7e-7, 1e-7, 2e-6), where PyTorch's own float32 is off by as much.
-// Deeper models are further off, here and there (8 layers: 8e-6), so ten times PyTorch's error is allowed too; not that
-// alone, because the error of a single number may be small by luck.
+// About ten times the largest error on the fixture (7e-7, 1e-7, 2e-6), where PyTorch's own float32 is off by
+// as much. Deeper models are further off, here and there (8 layers: 8e-6), so ten times PyTorch's error is
+// allowed too; not that alone, because the error of a single number may be small by luck.
 static const double LOGITS_BOUND = 1e-5, LOSS_BOUND = 2e-6, GRADIENT_BOUND = 2e-5;
 
 // One tensor of one case, 0 or 1.
-static void check_torch(int at, const char *kind, const float *a, const float *b, size_t n, double bound, float error32)
+static void check_torch(int at, const char *kind, const float *a, const float *b, size_t n,
+                        double bound, float error32)
 {
     Agreement *row = agreement;
     char what[64];
@@ -369,17 +378,23 @@ static const void *dumped(const File *file, const char *tag, int at, size_t n, s
 }
 
 // "1.q" is of the kind "q".
-static const char *kind_of(const Tensor *t) { return strchr(t->name, '.') ? strchr(t->name, '.') + 1 : t->name; }
+static const char *kind_of(const Tensor *t)
+{
+    return strchr(t->name, '.') ? strchr(t->name, '.') + 1 : t->name;
+}
 
 // The sparse adapter: logits, loss, gradients of DeltaW and of the gates.
 static void torch_sparse(Run *run, const File *file, int at, const float *error32)
 {
     Model *model = &run->model;
-    size_t count = matrices(model), all = adapter_entries(model), values = run->batch.answer.n * model->config.V;
-    const float *delta_values = dumped(file, "delta", at, all, 4), *ddelta = dumped(file, "ddelta", at, all, 4);
+    size_t count = matrices(model), all = adapter_entries(model),
+        values = run->batch.answer.n * model->config.V;
+    const float *delta_values = dumped(file, "delta", at, all, 4),
+        *ddelta = dumped(file, "ddelta", at, all, 4);
     const float *gates = dumped(file, "gates", at, count, 4), *dgates = dumped(file, "dgates", at, count, 4);
     adapter_set(model, dumped(file, "mask", at, all, 1), delta_values, gates);
-    check_torch(at, "logits", rig_logits(run), dumped(file, "logits", at, values, 4), values, LOGITS_BOUND, error32[0]);
+    check_torch(at, "logits", rig_logits(run), dumped(file, "logits", at, values, 4), values,
+                LOGITS_BOUND, error32[0]);
     float loss = (float)rig_gradient(run, MOST_EXAMPLES);
     check_torch(at, "loss", &loss, dumped(file, "loss", at, 1, 4), 1, LOSS_BOUND, error32[1]);
     error32 += 2 + model->base_tensors;
@@ -387,7 +402,8 @@ static void torch_sparse(Run *run, const File *file, int at, const float *error3
         Tensor *delta = delta_tensor(model, a);
         float *expected = floats(delta->n);
         for (size_t k = 0; k < delta->n; k++) expected[k] = ddelta[delta->index[k]];
-        if (delta->n) check_torch(at, kind_of(delta), delta->grad, expected, delta->n, GRADIENT_BOUND, error32[a]);
+        if (delta->n) check_torch(at, kind_of(delta), delta->grad, expected, delta->n,
+                                  GRADIENT_BOUND, error32[a]);
         else check_number("gate of an empty mask", gates_tensor(model)->grad[a], 0);
         ddelta += delta->rows * delta->cols;
     }
@@ -419,14 +435,17 @@ static void test_torch(void)
             size_t examples;
             const uint32_t *length = section(&file, "length", 4, &examples);
             const uint32_t *answer = needed(&file, "answer", examples, 4);
-            if (examples > MOST_EXAMPLES) die("%s: %zu examples, at most %d", dumps[d], examples, MOST_EXAMPLES);
+            if (examples > MOST_EXAMPLES)
+                die("%s: %zu examples, at most %d", dumps[d], examples, MOST_EXAMPLES);
             for (size_t e = 0; e < examples; e++) shape[e] = (Shape){ length[e], answer[e] };
             Run *run = rig_make(*(const Config *)needed(&file, "config", 1, sizeof(Config)), shape, examples);
             Model *model = &run->model;
-            memcpy(model->base_arena, needed(&file, "weights", base_weights(model), 4), base_weights(model) * 4);
+            memcpy(model->base_arena, needed(&file, "weights", base_weights(model), 4),
+                   base_weights(model) * 4);
             run->data.token = needed(&file, "tokens", run->data.tokens, 4);
             rig_batch(run, 0, examples);
-            const float *error32 = dumped(&file, "error32", at, 2 + model->base_tensors + matrices(model) + 1, 4);
+            const float *error32 = dumped(&file, "error32", at,
+                                          2 + model->base_tensors + matrices(model) + 1, 4);
             torch_sparse(run, &file, at, error32);
             torch_plain(run, &file, at, error32);
         }
@@ -437,21 +456,22 @@ static void test_torch(void)
     printf("\n");
 }
 
-// Ten steps on gradients of 1e-12 to 10. A step is about lr at most: the error of a small value is relative to that.
-// Measured: 1e-7 of all values, 2e-7 of each.
+// Ten steps on gradients of 1e-12 to 10. A step is about lr at most: the error of a small value is relative
+// to that. Measured: 1e-7 of all values, 2e-7 of each.
 static void test_torch_adamw(void)
 {
     for (size_t d = 0; d < dump_count; d++) {
         File file = file_open(dumps[d], "dump");
         size_t n;
-        const float *hyper = needed(&file, "adamw.hyper", 5, 4), *start = section(&file, "adamw.start", 4, &n);
+        const float *hyper = needed(&file, "adamw.hyper", 5, 4),
+            *start = section(&file, "adamw.start", 4, &n);
         const float *grads = needed(&file, "adamw.grads", 10 * n, 4);
         const float *result = needed(&file, "adamw.result", n, 4);
         float *w = copy_of(start, n * 4), *m = floats(n), *v = floats(n), lr = hyper[0];
         double off = 0;
         check_same("betas and epsilon", hyper + 1, (float[]){ BETA1, BETA2, ADAM_EPS }, 3 * sizeof(float));
         for (size_t t = 1; t <= 10; t++) adamw(w, m, v, grads + (t - 1) * n, lr, hyper[4], 1, t, n);
-        for (size_t i = 0; i < n; i++) {                        // a reduction of fmax crashes gcc 12 for aarch64
+        for (size_t i = 0; i < n; i++) {  // a reduction of fmax crashes gcc 12 for aarch64
             double error = fabs((double)w[i] - result[i]) / fmax(fabs(result[i]), lr);
             if (!(error <= off)) off = error;               // and a NaN stays
         }
@@ -460,11 +480,11 @@ static void test_torch_adamw(void)
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Central differences
 //
-// The four-point rule: its error is of order step^4, and that of float of order 1e-7 / step. Where one value of about 1
-// moves by 1/16, both are near 1e-5 of the gradient.
+// The four-point rule: its error is of order step^4, and that of float of order 1e-7 / step. Where one value
+// of about 1 moves by 1/16, both are near 1e-5 of the gradient.
 
 static double derivative(double (*loss)(void), float *x, const float *direction, size_t n, float step)
 {
@@ -480,14 +500,15 @@ static double derivative(double (*loss)(void), float *x, const float *direction,
     return sum / (12 * step);
 }
 
-// A layer on the bench: up to three inputs, the output, their gradients, what forward keeps. Its loss is dout . out,
-// and, for a gradient that accumulates (a bit in `sums`), half of the input's square: it starts at the input itself.
+// A layer on the bench: up to three inputs, the output, their gradients, what forward keeps. Its loss is dout
+// . out, and, for a gradient that accumulates (a bit in `sums`), half of the input's square: it starts at the
+// input itself.
 enum { ROOM = 1800 };
 static struct { float in[3][ROOM], din[3][ROOM], out[ROOM], dout[ROOM], kept[ROOM]; int sums; } on;
 
 static double bench_loss(size_t n)
 {
-    double loss = on.out[n] == 0 ? dot(on.out, on.dout, n) : NAN;          // beyond the output nothing is written
+    double loss = on.out[n] == 0 ? dot(on.out, on.dout, n) : NAN;  // beyond the output nothing is written
     for (int i = 0; i < 3; i++) if (on.sums & 1 << i) loss += dot(on.in[i], on.in[i], ROOM) / 2;
     return loss;
 }
@@ -535,7 +556,7 @@ static void test_rmsnorm(void)
 }
 
 enum { ROPE_N = 5, ROPE_HEADS = 3, ROPE_D = 6, ROPE_T = 40, ROPE_ALL = ROPE_N * ROPE_HEADS * ROPE_D };
-static const uint32_t ROPE_POSITION[ROPE_N + 1] = { 0, 1, 2, 0, 39, 7 };            // the last is one too many
+static const uint32_t ROPE_POSITION[ROPE_N + 1] = { 0, 1, 2, 0, 39, 7 };  // the last is one too many
 
 static void turn(float *x, float direction)
 {
@@ -566,8 +587,10 @@ static void test_rope(void)
     check_gradient("dx", rope_loss, 0, ROPE_ALL);
 }
 
-// Three sequences, the second of more than QUERIES queries (rows times the heads of a group). The inputs are q, k, v.
-enum { ATT_S = 3, ATT_T = 70, ATT_N = 74, ATT_H = 6, ATT_KV = 2, ATT_D = 4, ATT_ALL = ATT_N * ATT_KV * ATT_D };
+// Three sequences, the second of more than QUERIES queries (rows times the heads of a group). The inputs are
+// q, k, v.
+enum { ATT_S = 3, ATT_T = 70, ATT_N = 74, ATT_H = 6, ATT_KV = 2, ATT_D = 4,
+    ATT_ALL = ATT_N * ATT_KV * ATT_D };
 _Static_assert(ATT_T * ATT_H / ATT_KV > QUERIES, "attention must cross a block");
 static uint32_t ATT_KEYS[ATT_S + 1] = { 0, 3, 73, 74 };
 static Rows query;
@@ -583,7 +606,7 @@ static double attention_loss(void)
 static void attention_naive(float *gathered, float *lse)
 {
     for (size_t s = 0; s < ATT_S; s++)
-        for (size_t r = query.start[s] * ATT_H; r < query.start[s + 1] * ATT_H; r++) {          // a row and a head
+        for (size_t r = query.start[s] * ATT_H; r < query.start[s + 1] * ATT_H; r++) {  // a row and a head
             double sum = 0, total[ATT_D] = { 0 };
             for (size_t j = 0; j <= query.position[r / ATT_H]; j++) {
                 size_t at = ((ATT_KEYS[s] + j) * ATT_KV + r % ATT_H / (ATT_H / ATT_KV)) * ATT_D;
@@ -606,7 +629,8 @@ static void attention_case(const char *what, Rows rows)
     attention_loss();
     check_close(what, on.out, gathered, n, 2e-6);
     check_close("log of the sum", on.kept, lse, rows.n * ATT_H, 2e-6);
-    attention_backward(on.din[0], on.din[1], on.din[2], on.dout, on.out, on.kept, on.in[0], on.in[1], on.in[2],
+    attention_backward(on.din[0], on.din[1], on.din[2], on.dout, on.out, on.kept, on.in[0],
+                       on.in[1], on.in[2],
                        &on_attention);
     check_gradient("dq", attention_loss, 0, n);
     check_gradient("dk", attention_loss, 1, ATT_ALL);
@@ -629,13 +653,17 @@ static void test_attention(void)
 
 enum { GLU_N = 99 };
 
-static double swiglu_loss(void) { return swiglu_forward(on.out, on.in[0], on.in[1], GLU_N), bench_loss(GLU_N); }
+static double swiglu_loss(void)
+{
+    return swiglu_forward(on.out, on.in[0], on.in[1], GLU_N), bench_loss(GLU_N);
+}
 
 static void test_swiglu(void)
 {
     float expected[GLU_N], far[] = { -200, 200 }, one[] = { 1, 1 }, h[2], dgate[2], dup[2];
     bench(0);
-    for (size_t i = 0; i < GLU_N; i++) expected[i] = (float)(on.in[0][i] / (1 + exp(-on.in[0][i])) * on.in[1][i]);
+    for (size_t i = 0; i < GLU_N; i++)
+        expected[i] = (float)(on.in[0][i] / (1 + exp(-on.in[0][i])) * on.in[1][i]);
     swiglu_loss();
     check_close("silu(gate) up", on.out, expected, GLU_N, 1e-6);
     swiglu_backward(on.din[0], on.din[1], on.dout, on.in[0], on.in[1], GLU_N);
@@ -643,7 +671,8 @@ static void test_swiglu(void)
     check_gradient("dup", swiglu_loss, 1, GLU_N);
     swiglu_forward(h, far, one, 2);
     swiglu_backward(dgate, dup, one, far, one, 2);
-    check("far out", h[0] == 0 && h[1] == 200 && dgate[0] == 0 && dgate[1] == 1 && dup[0] == 0 && dup[1] == 200);
+    check("far out", h[0] == 0 && h[1] == 200 && dgate[0] == 0 && dgate[1] == 1 && dup[0] == 0
+          && dup[1] == 200);
 }
 
 enum { CE_M = 5, CE_V = 19 };
@@ -683,7 +712,8 @@ static void test_crossentropy(void)
 static void test_embedding(void)
 {
     enum { N = 6, C = 37, V = 4 };
-    static const uint32_t token[N + 1] = { 2, 0, 2, 3, 2, 0, 1 };       // token 2 three times; the last is one too many
+    // token 2 three times; the last is one too many
+    static const uint32_t token[N + 1] = { 2, 0, 2, 3, 2, 0, 1 };
     float embed[V * C], x[(N + 1) * C], dembed[V * C], expected[V * C];
     for (size_t i = 0; i < V * C; i++) embed[i] = (float)i, dembed[i] = expected[i] = (float)(i % 5);
     for (size_t i = 0; i < (N + 1) * C; i++) x[i] = -1;
@@ -698,8 +728,9 @@ static void test_embedding(void)
 static Run *subject;
 static double subject_loss(void) { return rig_loss(subject); }
 
-// Every trained tensor along six random directions, +-1 times its own size. A step of 1/64 of that moves all its values
-// and the whole model with them: a larger one shows the curvature, a smaller one the rounding. Measured: 1e-3.
+// Every trained tensor along six random directions, +-1 times its own size. A step of 1/64 of that moves all
+// its values and the whole model with them: a larger one shows the curvature, a smaller one the rounding.
+// Measured: 1e-3.
 static void check_whole(const char *what, Run *run)
 {
     subject = run;
@@ -736,7 +767,8 @@ static void halve_base(Model *model)
 {
     size_t n = 0;
     float *old = model->base_arena;
-    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) if (t->adapter < 0) n += t->n;
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
+        if (t->adapter < 0) n += t->n;
     float *value = model->base_arena = floats(n);
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++) {
         if (t->adapter < 0) {
@@ -751,24 +783,28 @@ static void halve_base(Model *model)
     free(old);
 }
 
-// Gradients of the whole loss with activations laid out for this precision, kept or recomputed; returns a copy.
+// Gradients of the whole loss with activations laid out for this precision, kept or recomputed; returns a
+// copy.
 static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
 {
     Model *model = &run->model;
     precision = of;
     model->acts = (Activations){ .recompute = recompute };
     rig_batch(run, 0, run->data.examples);
-    acts_alloc(model, (Largest){ run->data.tokens, run->data.longest, run->batch.answer.n, run->data.tokens, 1 }, 1);
+    acts_alloc(model, (Largest){ run->data.tokens, run->data.longest, run->batch.answer.n,
+        run->data.tokens, 1 }, 1);
     rig_gradient(run, MOST_EXAMPLES);
     precision = FP32;
     return copy_of(model->grad_arena, n * sizeof(float));
 }
 
-// Recomputing changes no bit in fp32. In bfloat16 gradients are near those in fp32: how near, the rounding of 8 bits decides.
+// Recomputing changes no bit in fp32. In bfloat16 gradients are near those in fp32: how near, the rounding of
+// 8 bits decides.
 static void test_precision_and_recompute(void)
 {
     for (int i = 0; i < 4; i++) {
-        Run *run = i == 0 ? rig_full(ODD, FEW, COUNT_OF(FEW)) : rig_adapter(ODD, i == 1 ? 1 : i == 2 ? 0.5 : 0.05);
+        Run *run = i == 0 ? rig_full(ODD, FEW, COUNT_OF(FEW))
+            : rig_adapter(ODD, i == 1 ? 1 : i == 2 ? 0.5 : 0.05);
         Model *model = &run->model;
         size_t n = i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model);
         float *single = rig_gradient_in(run, FP32, 0, n);
@@ -776,16 +812,18 @@ static void test_precision_and_recompute(void)
         if (i > 0) halve_base(model);
         for (int recompute = 0; recompute < 2; recompute++) {
             float *narrow = rig_gradient_in(run, BF16, recompute, n);
-            check_most(recompute ? "bfloat16, recomputed" : "bfloat16", relative_error(narrow, single, n), 0.03);
+            check_most(recompute ? "bfloat16, recomputed" : "bfloat16",
+                       relative_error(narrow, single, n), 0.03);
             check("bfloat16 is not fp32", memcmp(narrow, single, n * sizeof(float)) != 0);
         }
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Numbers: matmul, exponential, hash, generator, selection
 
-// Whole numbers up to 8, so that every sum is exact, in any order and in bfloat16 too. What lies between the rows of c stays.
+// Whole numbers up to 8, so that every sum is exact, in any order and in bfloat16 too. What lies between the
+// rows of c stays.
 static void test_matmul(void)
 {
     static const size_t sizes[][3] = {
@@ -796,7 +834,7 @@ static void test_matmul(void)
     for (size_t s = 0; s < COUNT_OF(sizes); s++)
         for (int way = 0; way < 32; way++) {
             char what[96];
-            size_t M = sizes[s][0], N = sizes[s][1], K = sizes[s][2], apart = way & 8 ? 2 : 1;         // neighbours
+            size_t M = sizes[s][0], N = sizes[s][1], K = sizes[s][2], apart = way & 8 ? 2 : 1;  // neighbours
             size_t a_size = (M + 2) * (K + 1) * apart, b_size = (N + 2) * (K + 3) * apart;
             size_t a_row = apart * (way & 1 ? 1 : K + 1), a_col = apart * (way & 1 ? M + 2 : 1);
             size_t b_row = apart * (way & 2 ? 1 : N + 2), b_col = apart * (way & 2 ? K + 3 : 1);
@@ -805,7 +843,7 @@ static void test_matmul(void)
             const View a_view = { a, a_row, a_col }, b_view = { b, b_row, b_col };
             expected = copy_of(c, M * (N + 3) * sizeof(float));
             precision = way & 16 ? BF16 : FP32;
-            omp_set_num_threads(1 << way % 3);                                                         // 4: a grid of 2 x 2
+            omp_set_num_threads(1 << way % 3);  // 4: a grid of 2 x 2
             matmul(c, N + 3, a_view, b_view, M, N, K, way & 4);
             matmul_naive(expected, N + 3, a_view, b_view, M, N, K, way & 4);
             snprintf(what, sizeof what, "%zu x %zu x %zu, way %d", M, N, K, way);
@@ -815,11 +853,13 @@ static void test_matmul(void)
     omp_set_num_threads(usual);
 }
 
-// Real numbers: products of bfloat16 are exact in fp32, so the rounded operands' fp32 product is what should come out.
+// Real numbers: products of bfloat16 are exact in fp32, so the rounded operands' fp32 product is what should
+// come out.
 static void test_matmul_bf16(void)
 {
     enum { M = 37, N = 101, K = 203 };
-    float *a = randomize(floats(M * K), M * K, 1), *b = randomize(floats(K * N), K * N, 1), *c = floats(2 * M * N);
+    float *a = randomize(floats(M * K), M * K, 1), *b = randomize(floats(K * N), K * N, 1),
+        *c = floats(2 * M * N);
     precision = BF16;
     matmul(c, N, view(a, K), view(b, N), M, N, K, 0);
     precision = FP32;
@@ -832,8 +872,10 @@ static void test_matmul_bf16(void)
 static void test_bfloat16(void)
 {
     static const struct { uint32_t x, rounded; const char *what; } cases[] = {
-        { 0x3F800000, 0x3F80, "one" }, { 0x3F808000, 0x3F80, "half way, to even below" }, { 0x3F818000, 0x3F82, "to even above" },
-        { 0x3F808001, 0x3F81, "above half way" }, { 0xBF80FFFF, 0xBF81, "negative" }, { 0x7F7FFFFF, 0x7F80, "to infinity" },
+        { 0x3F800000, 0x3F80, "one" }, { 0x3F808000, 0x3F80, "half way, to even below" },
+        { 0x3F818000, 0x3F82, "to even above" },
+        { 0x3F808001, 0x3F81, "above half way" }, { 0xBF80FFFF, 0xBF81, "negative" },
+        { 0x7F7FFFFF, 0x7F80, "to infinity" },
         { 0x80000000, 0x8000, "negative zero" }, { 0x7F800000, 0x7F80, "infinity" } };
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
         float x;
@@ -847,14 +889,16 @@ static void test_bfloat16(void)
     check("NaN stays NaN", isnan(widen_bf16((uint16_t)round_bf16(x))));
 }
 
-// In units of the true value's last place, at 2 million numbers, in the vector code that loops around it become.
+// In units of the true value's last place, at 2 million numbers, in the vector code that loops around it
+// become.
 static void test_exponential(void)
 {
     enum { BLOCKS = 2000, BLOCK = 1000 };
     double worst = 0;
     float x[BLOCK], y[BLOCK];
     for (int b = 0; b < BLOCKS; b++) {
-        for (int i = 0; i < BLOCK; i++) x[i] = (float)(-87 + (88.72 + 87) / (BLOCKS * BLOCK - 1) * (b * BLOCK + i));
+        for (int i = 0; i < BLOCK; i++)
+            x[i] = (float)(-87 + (88.72 + 87) / (BLOCKS * BLOCK - 1) * (b * BLOCK + i));
         for (int i = 0; i < BLOCK; i++) y[i] = exponential(x[i]);
         for (int i = 0; i < BLOCK; i++) {
             double truth = exp(x[i]), off = fabs(y[i] - truth) / ldexp(1, ilogb(truth) - 23);
@@ -864,11 +908,13 @@ static void test_exponential(void)
     check_most("units in the last place", worst, 2);
     float ends[] = { 0, -87.01f, -1000, -INFINITY, 88.73f, 1000, INFINITY };
     for (size_t i = 0; i < COUNT_OF(ends); i++) ends[i] = exponential(ends[i]);
-    check_same("0, and beyond the ends", ends, (float[]){ 1, 0, 0, 0, INFINITY, INFINITY, INFINITY }, sizeof ends);
+    check_same("0, and beyond the ends", ends, (float[]){ 1, 0, 0, 0, INFINITY, INFINITY,
+        INFINITY }, sizeof ends);
     check("NaN stays NaN", isnan(exponential(NAN)));
 }
 
-// Pinned values come from the formulas of doc/model.md and train_rigsa.c in Python: the same on every machine.
+// Pinned values come from the formulas of doc/model.md and train_rigsa.c in Python: the same on every
+// machine.
 static void test_hash(void)
 {
     static const uint64_t expected[] = { 0, 0xa60dc0bb2167c025, 0xe52f6360448eb275, 0xe52f6360448eb275 };
@@ -904,7 +950,8 @@ static void test_generator(void)
         zeros += x == 0;
         for (int p = 1; p < 5; p++) power[p] += pow(x, p) / N;
     }
-    // Four standard errors: of the means of x, x^2, x^3, x^4 they are 1, sqrt(2), sqrt(15), sqrt(96) over sqrt(N).
+    // Four standard errors: of the means of x, x^2, x^3, x^4 they are 1, sqrt(2), sqrt(15), sqrt(96) over
+    // sqrt(N).
     check_most("mean", fabs(power[1]), 4 / sqrt(N));
     check_most("variance", fabs(power[2] - 1), 4 * sqrt(2) / sqrt(N));
     check_most("skewness", fabs(power[3]), 4 * sqrt(15) / sqrt(N));
@@ -935,11 +982,12 @@ static void test_selection(void)
     check_number("k-th largest magnitude of up to 40", wrong, 0);
     Cut cut = cut_magnitudes((float[]){ 3, 1, -2, 2, 0, -2, 5, 2 }, 8, 7, 0.6);
     const double found[] = { (double)cut.survivors, (double)cut.ties, cut.threshold };
-    check_same("cut", found, (double[]){ 4, 2, 2 }, sizeof found);      // floor(4.2 + 0.5) stay: 5, 3, two of the 2s
+    // floor(4.2 + 0.5) stay: 5, 3, two of the 2s
+    check_same("cut", found, (double[]){ 4, 2, 2 }, sizeof found);
     check_number("cut of nothing", (double)cut_magnitudes((float[]){ 1 }, 0, 0, 0.8).survivors, 0);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The adapter, decay, the schedule, the order of the examples
 
 // What rigsa_weight and rigsa_gradient should make of matrix t, entry by entry, in double.
@@ -952,7 +1000,8 @@ static void adapter_naive(Model *model, const Tensor *t, const float *x, const f
     for (size_t i = 0; i < t->n; i++) {
         int stays = !delta->index || (k < delta->n && delta->index[k] == i);
         double dw = 0, value = stays ? delta->value[k] : 0;
-        for (size_t n = 0; n < N; n++) dw += (double)dy[n * t->rows + i / t->cols] * x[n * t->cols + i % t->cols];
+        for (size_t n = 0; n < N; n++)
+            dw += (double)dy[n * t->rows + i / t->cols] * x[n * t->cols + i % t->cols];
         w[i] = (float)(t->value[i] + alpha * value);
         sum += dw * value;
         if (stays) ddelta[k++] = (float)(alpha * dw);
@@ -963,17 +1012,19 @@ static void adapter_naive(Model *model, const Tensor *t, const float *x, const f
 static void test_adapter(void)
 {
     enum { N = 21 };
-    static const double density[] = { 1, 0.5, 0.1, 0 };                         // dense, gathered, sampled, empty
+    static const double density[] = { 1, 0.5, 0.1, 0 };  // dense, gathered, sampled, empty
     for (int i = 0; i < 4; i++) {
         Model *model = &rig_adapter(ODD, density[i])->model;
         Tensor *t = layer_tensor(model, 1, WQ), *delta = delta_tensor(model, (size_t)t->adapter);
-        float *x = randomize(floats(N * t->cols), N * t->cols, 1), *dy = randomize(floats(N * t->rows), N * t->rows, 1);
-        float *w = floats(t->n), *ddelta = floats(t->n), dalpha, *gate = &gates_tensor(model)->grad[t->adapter];
+        float *x = randomize(floats(N * t->cols), N * t->cols, 1),
+            *dy = randomize(floats(N * t->rows), N * t->rows, 1);
+        float *w = floats(t->n), *ddelta = floats(t->n), dalpha,
+            *gate = &gates_tensor(model)->grad[t->adapter];
         adapter_naive(model, t, x, dy, N, w, ddelta, &dalpha);
         model->scratch[t->n] = 42;
         check_close("W", rigsa_weight(model, t), w, t->n, 1e-6);
         check("nothing beyond", model->scratch[t->n] == 42);
-        for (int times = 1; times <= 2; times++) {                              // the second time on top of the first
+        for (int times = 1; times <= 2; times++) {  // the second time on top of the first
             rigsa_gradient(model, t, x, dy, N);
             for (size_t k = 0; k < delta->n; k++) ddelta[k] *= (float)times;
             dalpha *= (float)times;
@@ -1006,7 +1057,8 @@ static void test_frozen(void)
     check_number("survivors that did not", still, 0);
 }
 
-// Without a gradient, what is left of an update is decay. A gradient of norm 4 is scaled down to 1, in all tensors.
+// Without a gradient, what is left of an update is decay. A gradient of norm 4 is scaled down to 1, in all
+// tensors.
 static void test_update(void)
 {
     Model *model = &rig_adapter(ODD, 0.4)->model;
@@ -1048,7 +1100,8 @@ static void test_schedule(void)
 
 static void test_visit_order(void)
 {
-    enum { EXAMPLES = 37, VISITS = 100, EPOCH = EXAMPLES * sizeof(uint32_t) };  // two epochs and most of a third
+    // two epochs and most of a third
+    enum { EXAMPLES = 37, VISITS = 100, EPOCH = EXAMPLES * sizeof(uint32_t) };
     const Data data = { .examples = EXAMPLES };
     uint32_t order[3 * EXAMPLES], other[3 * EXAMPLES];
     visit_order(order, &data, VISITS, 1, 1);
@@ -1066,10 +1119,11 @@ static void test_visit_order(void)
     check("another epoch", memcmp(order + EXAMPLES, order, EPOCH));
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Pruning
 
-// Sets the stored entries of adapted matrix a to these numbers times the sign that each started with: -2 is flipped.
+// Sets the stored entries of adapted matrix a to these numbers times the sign that each started with: -2 is
+// flipped.
 static void set_entries(Model *model, size_t a, const float *number)
 {
     Tensor *delta = delta_tensor(model, a);
@@ -1102,12 +1156,14 @@ static void check_mask(const char *what, const Tensor *delta, const char *expect
 static void test_prune_by_hand(void)
 {
     static const struct {
-        const char *what; Threshold over; double keep; float number[6]; const char *mask; size_t flipped, first;
+        const char *what; Threshold over; double keep; float number[6]; const char *mask; size_t flipped,
+            first;
     } cases[] = {
         { "the largest stay", THRESHOLD_MATRIX, 0.5, { 3, 1, 5, 2, 6, 4 }, "..x.xx", 0, 2 },
         { "ties: the lower index stays", THRESHOLD_MATRIX, 0.5, { 2, 1, 2, 2, 2, 1 }, "x.xx..", 0, 2 },
         { "all tied", THRESHOLD_MATRIX, 0.8, { 1, 1, 1, 1, 1, 1 }, "xxxxx.", 0, 3 },
-        { "flipped ones leave, however large", THRESHOLD_MATRIX, 0.8, { -9, 1, -8, 2, 3, -7 }, "...xx.", 3, 3 },
+        { "flipped ones leave, however large", THRESHOLD_MATRIX, 0.8, { -9, 1, -8, 2, 3, -7 },
+            "...xx.", 3, 3 },
         { "zero has no sign", THRESHOLD_MATRIX, 1, { 0, 1, -0.0f, 2, 0, 3 }, ".x.x.x", 3, 4 },
         { "half rounds up", THRESHOLD_MATRIX, 0.5, { 5, 4, 3, 2, 1, -1 }, "xxx...", 1, 2 },
         { "less rounds down", THRESHOLD_MATRIX, 0.1, { 1, 2, 3, -1, -1, -1 }, "......", 3, 0 },
@@ -1115,20 +1171,24 @@ static void test_prune_by_hand(void)
         { "keep nothing", THRESHOLD_MATRIX, 0, { 1, 2, 3, 4, 5, 6 }, "......", 0, 0 },
         { "keep all", THRESHOLD_MATRIX, 1, { 1, 2, 3, 4, 5, 6 }, "xxxxxx", 0, 4 },
         { "over all, 17 of 34: the larger ones", THRESHOLD_ALL, 0.5, { 2, 1, 2, -2, 3, 2 }, "x.x.xx", 1, 4 },
-        { "over all, 7 of 34: ties of other matrices", THRESHOLD_ALL, 0.2, { 2, 1, 1, 2, 3, 1 }, "x..xx.", 0, 4 },
-        { "over all, 2 of 34: none of other matrices", THRESHOLD_ALL, 0.06, { 1, 1, 2, 2, 1, 2 }, "..xx..", 0, 0 } };
+        { "over all, 7 of 34: ties of other matrices", THRESHOLD_ALL, 0.2, { 2, 1, 1, 2, 3, 1 },
+            "x..xx.", 0, 4 },
+        { "over all, 2 of 34: none of other matrices", THRESHOLD_ALL, 0.06, { 1, 1, 2, 2, 1, 2 },
+            "..xx..", 0, 0 } };
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
         Model *model = &rig_tiny()->model;
         Pruned pruned[TINY_MATRICES];
         set_entries(model, UP, cases[i].number);
         prune(model, pruned, cases[i].keep, cases[i].over, SURVIVORS_REWIND);
         check_mask(cases[i].what, delta_tensor(model, UP), cases[i].mask);
-        check_same("counts", &pruned[UP], &(Pruned){ 6, cases[i].flipped, delta_tensor(model, UP)->n }, sizeof(Pruned));
+        check_same("counts", &pruned[UP], &(Pruned){ 6, cases[i].flipped, delta_tensor(model, UP)->n },
+                   sizeof(Pruned));
         check_same("counts of `q`", &pruned[0], &(Pruned){ 4, 0, cases[i].first }, sizeof(Pruned));
     }
 }
 
-// Where the survivors go, in each reading; and a second round, where only survivors count, each against its own start.
+// Where the survivors go, in each reading; and a second round, where only survivors count, each against its
+// own start.
 static void test_survivors(void)
 {
     static const size_t stays[3] = { 2, 4, 5 };
@@ -1140,7 +1200,8 @@ static void test_survivors(void)
         float value[3], gate[TINY_MATRICES], zeros[TINY_ENTRIES] = { 0 };
         set_entries(model, UP, (float[]){ 3, 1, 5, 2, 6, 4 });
         uint64_t key = random_key(model->init.seed, STREAM_DELTA, UP, survivors == SURVIVORS_REDRAW);
-        for (size_t k = 0; k < 3; k++) value[k] = keep ? delta->value[stays[k]] : normal(key, stays[k], model->init.sigma);
+        for (size_t k = 0; k < 3; k++)
+            value[k] = keep ? delta->value[stays[k]] : normal(key, stays[k], model->init.sigma);
         for (size_t a = 0; a < TINY_MATRICES; a++) gates->value[a] = 0.25f, gate[a] = keep ? 0.25f : 1e-6f;
         for (size_t i = 0; i < TINY_ENTRIES + TINY_MATRICES; i++)
             model->grad_arena[i] = model->m_arena[i] = model->v_arena[i] = 1;
@@ -1184,7 +1245,7 @@ static void test_prune_is_a_sort(void)
         for (int round = 0; round < 3; round++) {
             uint8_t *expected = allocate(all, 1), *mask = allocate(all, 1);
             size_t n = 0, first = 0;
-            for (size_t a = 0; a < count; first += delta_tensor(model, a)->rows * delta_tensor(model, a)->cols, a++) {
+            for (size_t a = 0; a < count; a++) {
                 Tensor *delta = delta_tensor(model, a);
                 randomize(delta->value, delta->n, 0.6f);
                 for (size_t k = 0; k < delta->n; k++) {
@@ -1194,12 +1255,15 @@ static void test_prune_is_a_sort(void)
                     if (value * start > 0) candidate[n++] = (Candidate){ fabsf(value), first + i };
                 }
                 if (over == THRESHOLD_MATRIX) keep_sorted(expected, candidate, n, 0.7), n = 0;
+                first += delta->rows * delta->cols;
             }
             keep_sorted(expected, candidate, n, 0.7);
             prune(model, pruned, 0.7, over, SURVIVORS_REWIND);
             first = 0;
-            for (const Tensor *t = delta_tensor(model, 0); t < gates_tensor(model); first += t->rows * t->cols, t++)
+            for (const Tensor *t = delta_tensor(model, 0); t < gates_tensor(model); t++) {
                 for (size_t k = 0; k < t->n; k++) mask[first + t->index[k]] = 1;
+                first += t->rows * t->cols;
+            }
             check_same("mask", mask, expected, all);
         }
     }
@@ -1226,7 +1290,7 @@ static void test_empty_masks(void)
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Files
 
 static void base_load(Model *model, const char *path)
@@ -1251,7 +1315,8 @@ static void test_save_and_load(void)
         ticket_save(from, ticket, "");
         *to = (Model){ 0 };
         base_load(to, base);
-        acts_alloc(to, (Largest){ loaded->data.tokens, loaded->data.longest, loaded->batch.answer.n, loaded->data.tokens, 1 }, 0);
+        acts_alloc(to, (Largest){ loaded->data.tokens, loaded->data.longest, loaded->batch.answer.n,
+            loaded->data.tokens, 1 }, 0);
         ticket_load(to, ticket);
         size_t values = adapter_entries(from) + matrices(from), logits = loaded->batch.answer.n * UNTIED.V;
         check_same("configuration", &to->config, &from->config, sizeof(Config));
@@ -1283,7 +1348,8 @@ static struct {
     uint32_t length[4], answer[4], token[16], choices[2], gold[2], chars[4], vocab[2];
     const char *metric;
 } sample = {
-    .length = { 4, 4, 3, 5 }, .answer = { 2, 2, 1, 4 }, .token = { 1, 2, 3, 4, 1, 2, 0, 0, 3, 3, 2, 1, 2, 3, 4, 0 },
+    .length = { 4, 4, 3, 5 }, .answer = { 2, 2, 1, 4 },
+    .token = { 1, 2, 3, 4, 1, 2, 0, 0, 3, 3, 2, 1, 2, 3, 4, 0 },
     .choices = { 3, 1 }, .gold = { 2, 0 }, .chars = { 4, 5, 6, 7 }, .vocab = { 5, 4 }, .metric = "acc" };
 
 // The rig, in the middle of its second pass.
@@ -1335,7 +1401,8 @@ static void test_state(void)
         if (i < 2) check_same("pruned", to->pruned, from->pruned, matrices(saved) * sizeof(Pruned));
         check_same("losses", to->loss, from->loss, 4 * sizeof(double));
         check("place", to->rows == 2 && to->updates == 4 && !loaded->index_arena == (i != 1));
-        if (i == 1) check_same("index", loaded->index_arena, saved->index_arena, adapter_entries(saved) * sizeof(uint32_t));
+        if (i == 1) check_same("index", loaded->index_arena, saved->index_arena,
+                               adapter_entries(saved) * sizeof(uint32_t));
     }
     method.trains_base = 0;
 }
@@ -1348,8 +1415,10 @@ static void sample_write(const char *kind, const char *path)
     if (!strcmp(kind, "stat")) state_save(sample.run, path);
     if (!strcmp(kind, "data"))
         file_write(path, kind, (Section[]){ { "vocab", sample.vocab, sizeof sample.vocab },
-            { "length", sample.length, sizeof sample.length }, { "answer", sample.answer, sizeof sample.answer },
-            { "tokens", sample.token, sizeof sample.token }, { "choices", sample.choices, sizeof sample.choices },
+            { "length", sample.length, sizeof sample.length },
+            { "answer", sample.answer, sizeof sample.answer },
+            { "tokens", sample.token, sizeof sample.token },
+            { "choices", sample.choices, sizeof sample.choices },
             { "gold", sample.gold, sizeof sample.gold }, { "chars", sample.chars, sizeof sample.chars },
             { "column", "sample", 6 }, { "metric", sample.metric, strlen(sample.metric) } }, 9);
 }
@@ -1482,10 +1551,13 @@ static void test_wrong_numbers(void)
     Run *run = sample.run;
     Model *model = &run->model;
     Config *config = &model->config;
-    uint32_t *index = model->index_arena, *last = index + delta_tensor(model, 0)->n - 1, size = ODD.H * ODD.D * ODD.C;
+    uint32_t *index = model->index_arena, *last = index + delta_tensor(model, 0)->n - 1,
+        size = ODD.H * ODD.D * ODD.C;
     const struct { const char *kind, *what; void *where; uint32_t wrong; const char *word; } cases[] = {
-        { "base", "no channels", &config->C, 0, "dim" }, { "base", "far too many", &config->F, 1u << 21, "ffn" },
-        { "base", "uneven heads", &config->KV, 4, "evenly" }, { "base", "an odd head", &config->D, 5, "even one" },
+        { "base", "no channels", &config->C, 0, "dim" },
+        { "base", "far too many", &config->F, 1u << 21, "ffn" },
+        { "base", "uneven heads", &config->KV, 4, "evenly" },
+        { "base", "an odd head", &config->D, 5, "even one" },
         { "base", "half tied", &config->tied, 2, "tied" }, { "base", "no epsilon", &config->eps, 0, "eps" },
         { "base", "theta is NaN", &config->theta, 0x7fc00000, "theta" },
         { "base", "a layer too many", &config->L, 3, "weights" },
@@ -1497,9 +1569,12 @@ static void test_wrong_numbers(void)
         { "data", "no such choice", &sample.gold[1], 1, "question 1" },
         { "data", "an empty choice", &sample.chars[3], 0, "choice 3" },
         { "data", "too many choices", &sample.choices[0], 4, "choices" },
-        { "tick", "another base", &model->base.hash, 1, "not for" }, { "tick", "an unknown rest", &model->init.rest, 2, "init" },
-        { "stat", "a pass too many", &run->rows, 4, "damaged" }, { "stat", "an update too few", &run->updates, 2, "damaged" },
-        { "stat", "an update too many", &run->updates, 7, "damaged" }, { "stat", "another base", &run->hash[0], 1, "changed" },
+        { "tick", "another base", &model->base.hash, 1, "not for" },
+        { "tick", "an unknown rest", &model->init.rest, 2, "init" },
+        { "stat", "a pass too many", &run->rows, 4, "damaged" },
+        { "stat", "an update too few", &run->updates, 2, "damaged" },
+        { "stat", "an update too many", &run->updates, 7, "damaged" },
+        { "stat", "another base", &run->hash[0], 1, "changed" },
         { "stat", "a moment is NaN", run->model.m_arena, 0x7fc00000, "`m`" },
         { "stat", "a gate is infinite", gates_tensor(model)->value, 0x7f800000, "`values`" },
         { "tick", "a gate of a ticket is infinite", gates_tensor(model)->value, 0x7f800000, "`gates`" },
@@ -1518,19 +1593,21 @@ static void test_wrong_numbers(void)
     for (int i = 0; i < 2; i++) {
         sample.metric = i ? "a\"c" : "bleu";
         sample_write("data", path);
-        check_dies(i ? "a name that JSON would have to escape" : "an unknown metric", open_file, &(Opening){ "data", path },
+        check_dies(i ? "a name that JSON would have to escape" : "an unknown metric", open_file,
+                   &(Opening){ "data", path },
                    i ? "not a name" : "bleu");
     }
     sample.metric = "acc";
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Threads, batches, training
 
-static const Shape LONG[] = { { 67, 40 }, { 3, 1 }, { 130, 1 }, { 66, 65 } };       // attention takes 48 rows of three heads
+// attention takes 48 rows of three heads
+static const Shape LONG[] = { { 67, 40 }, { 3, 1 }, { 130, 1 }, { 66, 65 } };
 
-// All that threads have a hand in, of full training and of a dense and a sparse adapter: the loss, and hashes of the
-// gradients, of the weights after five updates and of the ticket after pruning.
+// All that threads have a hand in, of full training and of a dense and a sparse adapter: the loss, and hashes
+// of the gradients, of the weights after five updates and of the ticket after pruning.
 typedef struct { uint64_t gradients, weights, ticket; double loss; } Outcome;
 
 static void train_on(int threads, Outcome outcome[3])
@@ -1540,7 +1617,8 @@ static void train_on(int threads, Outcome outcome[3])
         Run *run = i == 0 ? rig_full(ODD, LONG, COUNT_OF(LONG)) : rig_adapter(ODD, i == 1 ? 1 : 0.05);
         Model *model = &run->model;
         Pruned pruned[2 * ADAPTED];
-        size_t bytes = (i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model)) * sizeof(float);
+        size_t bytes = (i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model))
+            * sizeof(float);
         outcome->loss = rig_train(run, 5, 0.01f, 1);
         outcome->gradients = hash64(model->grad_arena, bytes);
         outcome->weights = hash64(i == 0 ? model->base_arena : model->value_arena, bytes);
@@ -1578,7 +1656,7 @@ static void test_batches(void)
     float whole = (float)rig_gradient(run, MOST_EXAMPLES);
     float *gradient = copy_of(model->grad_arena, weights * sizeof(float));
     float *logp = in_order(&run->batch, model->acts.logp, 1);
-    for (size_t micro = 1; micro <= 3; micro += 2) {                            // 3: the last batch is smaller
+    for (size_t micro = 1; micro <= 3; micro += 2) {  // 3: the last batch is smaller
         float loss = (float)rig_gradient(run, micro);
         check_close("loss", &loss, &whole, 1, 1e-6);
         check_close("gradient", model->grad_arena, gradient, weights, 3e-6);
@@ -1590,7 +1668,8 @@ static void test_batches(void)
     }
 }
 
-// Four examples, learnt by heart. RIGSA leaves the embedding alone, which bounds the logits: its loss stays at 0.73.
+// Four examples, learnt by heart. RIGSA leaves the embedding alone, which bounds the logits: its loss stays
+// at 0.73.
 static void test_overfit(void)
 {
     Run *full = rig_full(ODD, FEW, COUNT_OF(FEW)), *rigsa = rig_make(ODD, FEW, COUNT_OF(FEW));
@@ -1608,7 +1687,8 @@ static int count_words(char **argv)
     return n;
 }
 
-// What main() does with these arguments, which end with NULL. And does everything learn and decay at its own rate?
+// What main() does with these arguments, which end with NULL. And does everything learn and decay at its own
+// rate?
 static void whole_run(const void *argument)
 {
     static Run run;
@@ -1618,15 +1698,18 @@ static void whole_run(const void *argument)
     for (Tensor *t = run.model.tensors; t < run.model.tensors + run.model.all_tensors; t++) {
         float lr = (float)(t == gates_tensor(&run.model) ? opt.alpha_lr : opt.lr);
         float decay = (float)(t->rows == 1 ? 0 : opt.weight_decay);
-        if (t->grad && (t->lr != lr || t->decay != decay)) die("%s: lr %g, decay %g", t->name, t->lr, t->decay);
+        if (t->grad && (t->lr != lr || t->decay != decay))
+            die("%s: lr %g, decay %g", t->name, t->lr, t->decay);
     }
 }
 
-// A run of each method on files. The same seed gives the same ticket, to the bit, and another seed another one.
+// A run of each method on files. The same seed gives the same ticket, to the bit, and another seed another
+// one.
 static void test_whole_runs(void)
 {
     static const struct { const char *out, *seed, *method; } runs[] = {
-        { "first", "1", "rigsa" }, { "again", "1", "rigsa" }, { "other", "2", "rigsa" }, { "full", "1", "full" } };
+        { "first", "1", "rigsa" }, { "again", "1", "rigsa" }, { "other", "2", "rigsa" },
+        { "full", "1", "full" } };
     uint64_t hash[3];
     char *base = in_folder("base.bin"), *data = in_folder("data.bin"), *eval = in_folder("eval.bin");
     char *ticket = NULL;
@@ -1639,7 +1722,8 @@ static void test_whole_runs(void)
     for (int i = 0; i < 4; i++) {
         const char *out = in_folder(runs[i].out);
         const char *argv[] = { "train_rigsa", "--base", base, "--data", data, "--eval", eval, "--out", out,
-            "--examples", "40", "--ticket-examples", "20", "--rounds", "2", "--batch", "3", "--alpha-lr", "0.25",
+            "--examples", "40", "--ticket-examples", "20", "--rounds", "2", "--batch", "3",
+            "--alpha-lr", "0.25",
             "--seed", runs[i].seed, "--method", runs[i].method, NULL };
         int status = child(whole_run, argv);
         const char *line = i < 3 ? "\nticket " : "\nfull ";
@@ -1668,7 +1752,8 @@ static int holds(const char *path, const char *text)
 static const char *mixed(const char *out, int old, int all)
 {
     static const struct { const char *file, *old, *new; } outputs[] = {
-        { "settings.txt", " rigsa", " full" }, { "table.csv", "\nticket", "\nfull" }, { "pruning.csv", "\n1,0,q,", NULL },
+        { "settings.txt", " rigsa", " full" }, { "table.csv", "\nticket", "\nfull" },
+        { "pruning.csv", "\n1,0,q,", NULL },
         { "loss.csv", "ticket", "full" }, { "ticket.bin", " rigsa", NULL }, { "model.bin", NULL, "base" },
         { "state.bin", " rigsa", " full" } };
     char path[PATH_MAX];
@@ -1719,7 +1804,7 @@ static void test_overwritten(void)
     check("some left the old run, some the new one", old_left > 5 && new_left > 5);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Evaluation, options
 
 static void test_scores(void)
@@ -1729,7 +1814,8 @@ static void test_scores(void)
         { .logp = -3, .exact = 1 }, { .logp = -5 }, { .logp = -4 },     // the best: 0; per character 1
         { .logp = -2, .exact = 1 }, { .logp = -2 },                     // a tie: 0; per character 1
         { .logp = -9 }, { .logp = -1, .exact = 1 } };                   // 1 both ways
-    static const double share[] = { 3 / 7.0, 2 / 3.0, 2 / 3.0 }, count[] = { 7, 3, 3 };        // EXACT, ACC, ACC_NORM
+    // EXACT, ACC, ACC_NORM
+    static const double share[] = { 3 / 7.0, 2 / 3.0, 2 / 3.0 }, count[] = { 7, 3, 3 };
     Data data = { .examples = 7, .gold = gold, .chars = chars };
     for (int metric = EXACT; metric <= ACC_NORM; metric++) {
         data.metric = metric;
@@ -1737,7 +1823,8 @@ static void test_scores(void)
         data.choices = metric == EXACT ? NULL : choices;
         Score score = score_verdicts(verdict, &data);
         check_number("share of right answers", score.value, share[metric]);
-        check_number("standard error", score.error, sqrt(share[metric] * (1 - share[metric]) / (count[metric] - 1)));
+        check_number("standard error", score.error,
+                     sqrt(share[metric] * (1 - share[metric]) / (count[metric] - 1)));
     }
 }
 
@@ -1765,11 +1852,12 @@ static Verdict judge_naive(Run *run, size_t e)
 static void judge_all(const void *argument)
 {
     Run *run = (Run *)argument;
-    for (size_t e = 0; e < run->data.examples; ) e += judge(&run->model, run->verdict, &run->batch, &run->data, e);
+    for (size_t e = 0; e < run->data.examples; )
+        e += judge(&run->model, run->verdict, &run->batch, &run->data, e);
 }
 
-// Every answer is made what the model would say, but for the first token of one and the last of another. All examples
-// are judged at once, and only as many at a time as there is room for.
+// Every answer is made what the model would say, but for the first token of one and the last of another. All
+// examples are judged at once, and only as many at a time as there is room for.
 static void test_judge(void)
 {
     static const struct { size_t N, M; } room[] = { { 33, 14 }, { 20, 14 }, { 33, 8 } };
@@ -1812,19 +1900,22 @@ static size_t rows_naive(const Data *data)
     return rows;
 }
 
-// A forest is exact: loss, log-probabilities and all gradients are those of one example at a time, whatever a batch
-// shares: nothing, everything up to the answer, a part of the answer, whole examples twice; of three trees, mixed.
+// A forest is exact: loss, log-probabilities and all gradients are those of one example at a time, whatever a
+// batch shares: nothing, everything up to the answer, a part of the answer, whole examples twice; of three
+// trees, mixed.
 static void test_forest(void)
 {
-    static const Shape shape[] = { { 70, 66 }, { 9, 4 }, { 75, 66 }, { 68, 66 }, { 9, 4 }, { 30, 20 }, { 9, 6 } };
+    static const Shape shape[] = { { 70, 66 }, { 9, 4 }, { 75, 66 }, { 68, 66 }, { 9, 4 },
+        { 30, 20 }, { 9, 6 } };
     static const struct { const char *what; uint32_t like[7], same[7]; } cases[] = {
         { "nothing", { 0, 1, 2, 3, 4, 5, 6 }, { 0 } },
         { "all but the answers", { 0, 1, 0, 0, 1, 1, 1 }, { 0, 0, 66, 66, 4, 4, 4 } },
         { "parts of answers", { 0, 1, 0, 0, 1, 2, 1 }, { 0, 0, 69, 67, 8, 10, 5 } },
         { "whole examples", { 0, 1, 0, 0, 1, 2, 1 }, { 0, 0, 70, 68, 9, 30, 9 } } };
     for (size_t c = 0; c < COUNT_OF(cases); c++)
-        for (int kind = 0; kind < 3; kind++) {                                  // everything trained, dense, recomputed
-            Run *run = kind == 0 ? rig_full(ODD, shape, COUNT_OF(shape)) : rig_make(ODD, shape, COUNT_OF(shape));
+        for (int kind = 0; kind < 3; kind++) {  // everything trained, dense, recomputed
+            Run *run = kind == 0 ? rig_full(ODD, shape, COUNT_OF(shape))
+                : rig_make(ODD, shape, COUNT_OF(shape));
             Model *model = &run->model;
             Data *data = &run->data;
             uint32_t *token = (uint32_t *)data->token;
@@ -1832,20 +1923,24 @@ static void test_forest(void)
             size_t n = kind == 0 ? base_weights(model) : adapter_entries(model) + matrices(model);
             for (size_t e = 0; e < COUNT_OF(shape); e++) {
                 token[data->offset[e]] = (uint32_t)e;                           // sharing nothing
-                memcpy(token + data->offset[e], token + data->offset[cases[c].like[e]], cases[c].same[e] * sizeof *token);
+                memcpy(token + data->offset[e], token + data->offset[cases[c].like[e]],
+                       cases[c].same[e] * sizeof *token);
             }
             if (kind == 2) {
                 model->acts = (Activations){ .recompute = 1 };
-                acts_alloc(model, (Largest){ data->tokens, data->longest, run->batch.answer.n, data->tokens, 1 }, 1);
+                acts_alloc(model, (Largest){ data->tokens, data->longest, run->batch.answer.n,
+                    data->tokens, 1 }, 1);
             }
-            float alone = (float)rig_gradient(run, 1), *gradient = copy_of(model->grad_arena, n * sizeof(float));
+            float alone = (float)rig_gradient(run, 1),
+                *gradient = copy_of(model->grad_arena, n * sizeof(float));
             float together = (float)rig_gradient(run, MOST_EXAMPLES);
             check_close(cases[c].what, &together, &alone, 1, 1e-6);
             check_close("gradients", model->grad_arena, gradient, n, 3e-6);
             check_number("rows", (double)run->batch.all.n, (double)rows_naive(data));
             for (size_t e = 0; e < COUNT_OF(shape); e++) {
                 judge(model, run->verdict, &run->batch, data, 0);
-                check_most("log-probability", fabs(run->verdict[e].logp / judge_naive(run, e).logp - 1), 1e-6);
+                check_most("log-probability",
+                           fabs(run->verdict[e].logp / judge_naive(run, e).logp - 1), 1e-6);
             }
         }
 }
@@ -1861,30 +1956,34 @@ static void parse(const void *argument)
 static void test_options(void)
 {
     static const struct { const char *argv[6], *word; } wrong[] = {
-        { { "", "--bogus", "1" }, "bogus" }, { { "", "lr", "1" }, "`lr`" }, { { "", "--lr" }, "needs a value" },
+        { { "", "--bogus", "1" }, "bogus" }, { { "", "lr", "1" }, "`lr`" },
+        { { "", "--lr" }, "needs a value" },
         { { "", "--lr", "fast" }, "not a number" }, { { "", "--lr", "" }, "not a number" },
         { { "", "--lr", "1x" }, "not a number" }, { { "", "--lr", "nan" }, "not a number" },
         { { "", "--lr", "-1" }, "0 to 10" }, { { "", "--keep", "1.5" }, "0 to 1" },
         { { "", "--rounds", "2.5" }, "whole" }, { { "", "--batch", "0" }, "1 to" },
         { { "", "--method", "loro" }, "rigsa|full|eval|lora" },
-        { { "", "--survivors", "zer" }, "rewind|keep|redraw" }, { { "", "--seed", "1", "--seed", "2" }, "twice" },
+        { { "", "--survivors", "zer" }, "rewind|keep|redraw" },
+        { { "", "--seed", "1", "--seed", "2" }, "twice" },
         { { "", "--sigma", "0" }, "sign" }, { { "", "--lr", "0.5", "--weight-decay", "2" }, "erase" },
         { { "", "--data", "a\nb" }, "line break" } };
     static const struct { const char *argv[6], *line; } right[] = {
         { { "" }, "\nseed             1\n" }, { { "", "--lr", "0.02" }, "\nlr               0.02\n" },
         { { "", "--eval", "a", "--eval", "b" }, "\neval             a\neval             b\n" },
-        { { "", "--batch", "8", "--micro", "12" }, "\nmicro            12\n" }, { { "", "--help" }, "--weight-decay" } };
+        { { "", "--batch", "8", "--micro", "12" }, "\nmicro            12\n" },
+        { { "", "--help" }, "--weight-decay" } };
     for (size_t i = 0; i < COUNT_OF(wrong); i++) check_dies("refused", parse, wrong[i].argv, wrong[i].word);
     for (size_t i = 0; i < COUNT_OF(right); i++) {
         int status = child(parse, right[i].argv);
-        record(status == 0 && strstr(said, right[i].line), "exit status %d, without %s", status, right[i].line);
+        record(status == 0 && strstr(said, right[i].line), "exit status %d, without %s",
+               status, right[i].line);
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // A story
 
-static const char *stories;                 // a base file with the section `pieces`: per token its length and its text
+static const char *stories;  // a base file with the section `pieces`: per token its length and its text
 
 // Greedy decoding from token 1, which begins a text. The whole sequence is computed again for every token.
 static void test_story(void)
@@ -1906,7 +2005,8 @@ static void test_story(void)
         uint32_t *last = &position[N - 1], target = 0;
         *last = N - 1;
         const Batch batch = { .S = 1, .K = N, .all = { N, NULL, (uint32_t[]){ 0, N }, position },
-                              .answer = { 1, last, (uint32_t[]){ 0, 1 }, last }, .token = token, .target = &target,
+                              .answer = { 1, last, (uint32_t[]){ 0, 1 }, last }, .token = token,
+                              .target = &target,
                               .key_start = (uint32_t[]){ 0 }, .key_place = NULL };
         model_forward(&model, &batch);
         head_forward_backward(&model, &batch, 0);
@@ -1918,7 +2018,7 @@ static void test_story(void)
     record(!strncmp(text, known, strlen(known)), "said: %s", text);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The number of threads
 
 #ifdef WIDE
@@ -1960,7 +2060,7 @@ static void test_thread_number(void)
 }
 #endif
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Logits
 
 // W of a ticket whose pruned entries rest at their initial values (dev/baselines.c), entry by entry.
@@ -1979,7 +2079,8 @@ static const float *resting_weight_naive(Model *model, Tensor *t)
 
 static const Adapter RESTING_NAIVE = { resting_weight_naive, NULL };
 
-// Writes the logits (M, V) of all answer rows, in fp32. `path`: base, data, the file to write, and a ticket or NULL.
+// Writes the logits (M, V) of all answer rows, in fp32. `path`: base, data, the file to write, and a ticket
+// or NULL.
 static void write_logits(char **path)
 {
     Run *run = allocate(1, sizeof(Run));
@@ -1990,7 +2091,8 @@ static void write_logits(char **path)
     run->batch = batch_alloc(run->data.tokens, run->data.tokens, run->data.tokens);
     rig_batch(run, 0, run->data.examples);
     size_t M = run->batch.answer.n, V = run->model.config.V;
-    if (run->data.V != V || M > HEAD_ROWS) die("%s: vocabulary %u, %zu answer tokens; at most %zu and %d here",
+    if (run->data.V != V || M > HEAD_ROWS)
+        die("%s: vocabulary %u, %zu answer tokens; at most %zu and %d here",
                                                path[1], run->data.V, M, V, HEAD_ROWS);
     acts_alloc(&run->model, (Largest){ run->data.tokens, run->data.longest, M, run->data.tokens, 1 }, 0);
     FILE *f = fopen(path[2], "wb");
@@ -2123,8 +2225,8 @@ static size_t say_naive(Run *run, const Generation *g, size_t e, uint32_t *out)
     }
 }
 
-// Eleven examples in eight slots, prompts of 1 to 41 tokens in batches of 17 rows. First up to the limit; then
-// with a token that ends one of them and a text, of two tokens, that stops another.
+// Eleven examples in eight slots, prompts of 1 to 41 tokens in batches of 17 rows. First up to the limit;
+// then with a token that ends one of them and a text, of two tokens, that stops another.
 static void test_generation(void)
 {
     static Shape shape[11];
@@ -2138,7 +2240,7 @@ static void test_generation(void)
     Batch batch = run->batch;
     const Details nowhere = { 0 };
     spell(&g);
-    data->longest = 61;                                     // 41 + 20: no stretch of the cache has room to spare
+    data->longest = 61;  // 41 + 20: no stretch of the cache has room to spare
     rig_caches(run);
     batch.key_place = integers(data->tokens);
     for (int round = 0; round < 2; round++) {
@@ -2253,7 +2355,8 @@ static void test_generation_file(void)
             }
             strcat(expected, "], \"text\": \"");
             record(f && fgets(line, sizeof line, f) && strstr(line, "\"round\": \"base\"")
-                   && strstr(line, "\"column\": \"sums\"") && strstr(line, expected) && strchr(line, '}'), "line %u: %s, not %s", e, line, expected);
+                   && strstr(line, "\"column\": \"sums\"") && strstr(line, expected) && strchr(line, '}'),
+                       "line %u: %s, not %s", e, line, expected);
         }
         if (f) fclose(f);
     }
@@ -2286,7 +2389,8 @@ static void test_details(void)
         Verdict naive = judge_naive(run, e);
         char start[256];
         snprintf(start, sizeof start, "{\"round\": \"ticket\", \"column\": \"rig\", \"file\": \"%016llx\", "
-                 "\"example\": %zu, \"exact\": %d, \"logp\": ", (unsigned long long)hash64(bytes, length), e, naive.exact);
+                 "\"example\": %zu, \"exact\": %d, \"logp\": ", (unsigned long long)hash64(bytes, length),
+                 e, naive.exact);
         int same = f && fgets(line, sizeof line, f) && !strncmp(line, start, strlen(start))
             && sscanf(line + strlen(start), "%lf}", &logp) == 1;
         record(same, "line %zu of the details: %s", e, line);
@@ -2310,22 +2414,26 @@ static void test_details(void)
     check("help", status == 0 && strstr(said, "--details FILE"));
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 
 static const struct { const char *name; void (*run)(void); } topics[] = {
-    { "PyTorch: logits, loss, every gradient", test_torch }, { "PyTorch: ten steps of AdamW", test_torch_adamw },
-    { "rmsnorm", test_rmsnorm }, { "rope", test_rope }, { "attention", test_attention }, { "swiglu", test_swiglu },
+    { "PyTorch: logits, loss, every gradient", test_torch },
+    { "PyTorch: ten steps of AdamW", test_torch_adamw },
+    { "rmsnorm", test_rmsnorm }, { "rope", test_rope }, { "attention", test_attention },
+    { "swiglu", test_swiglu },
     { "cross-entropy", test_crossentropy }, { "embedding", test_embedding },
     { "the whole loss, along random directions", test_whole_loss },
     { "precision and recomputation", test_precision_and_recompute },
     { "matmul", test_matmul }, { "matmul in bfloat16", test_matmul_bf16 }, { "bfloat16", test_bfloat16 },
     { "exponential", test_exponential }, { "hash", test_hash },
-    { "generator", test_generator }, { "selection", test_selection }, { "RIGSA's weight and gradient", test_adapter },
+    { "generator", test_generator }, { "selection", test_selection },
+    { "RIGSA's weight and gradient", test_adapter },
     { "what is frozen does not move", test_frozen }, { "decay and clipping", test_update },
     { "schedule", test_schedule }, { "order of the examples", test_visit_order },
     { "pruning, by hand", test_prune_by_hand },
     { "survivors, and a second round", test_survivors }, { "pruning is a sort", test_prune_is_a_sort },
-    { "empty masks", test_empty_masks }, { "save and load", test_save_and_load }, { "a run's state", test_state },
+    { "empty masks", test_empty_masks }, { "save and load", test_save_and_load },
+    { "a run's state", test_state },
     { "bf16", test_bf16 },
     { "damaged files", test_damaged_files }, { "wrong numbers in files", test_wrong_numbers },
     { "files that change", test_changed_files }, { "names", test_names },
@@ -2337,7 +2445,8 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "number of threads", test_thread_number },
 #endif
     { "options", test_options }, { "a story", test_story },
-    { "the metric loss", test_loss }, { "a past", test_past }, { "generation", test_generation }, { "text", test_text },
+    { "the metric loss", test_loss }, { "a past", test_past }, { "generation", test_generation },
+    { "text", test_text },
     { "generation from a file", test_generation_file }, { "details", test_details } };
 
 int main(int argc, char **argv)
@@ -2349,7 +2458,8 @@ int main(int argc, char **argv)
         if (!strcmp(argv[next], "--selftest")) selftest = 1;
         else if (!strcmp(argv[next], "--stories") && next + 1 < argc) stories = argv[++next];
         else if (!strcmp(argv[next], "--logits") && next + 3 < argc) return write_logits(argv + next + 1), 0;
-        else die("usage: ./test_rigsa [--selftest] [--stories FILE] [FILE...], or --logits BASE DATA OUT [TICKET]");
+        else die("usage: ./test_rigsa [--selftest] [--stories FILE] [FILE...], "
+                 "or --logits BASE DATA OUT [TICKET]");
     }
     dumps = next < argc ? (const char *const *)argv + next : &fixture;
     dump_count = next < argc ? (size_t)(argc - next) : 1;

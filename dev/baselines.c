@@ -1,30 +1,34 @@
 // SPDX-License-Identifier: MIT
 //
-// baselines.c: the methods that RIGSA is compared with, on the trainer's own code path. Model, data, loss, AdamW, schedule and
-// evaluation are train_rigsa.c's; here are only the two functions of each adapter, the rows of its tensors, and its mask.
+// baselines.c: the methods that RIGSA is compared with, on the trainer's own code path. Model, data, loss,
+// AdamW, schedule and evaluation are train_rigsa.c's; here are only the two functions of each adapter, the
+// rows of its tensors, and its mask.
 //
 //     make train_baselines && ./train_baselines --method lora
 //
-//     --method   the matrix that is used                  trained                          mask
-//     lora       W0 + s B A,  s = lora-alpha / rank       A (r, I), B (O, r)               -
+//     --method   the matrix that is used              trained                     mask
+//     lora       W0 + s B A,  s = lora-alpha / rank   A (r, I), B (O, r)          -
 //                with --base-type nf4: QLoRA, nf4(W0) in place of W0
-//     random     W0 + mask . DeltaW, DeltaW from zero     DeltaW where the mask is 1       random, a fixed number per matrix
+//     random     W0 + mask . DeltaW, from zero        DeltaW where the mask is 1  random, a number per matrix
 //                with --init gated: RIGSA's adapter, W0 + alpha * (mask . DeltaW), DeltaW random;
 //                with --start: mask and DeltaW's start are those of a file
-//     ltsft      W0 + mask . DeltaW                       first all of DeltaW, then the    the largest |DeltaW| of the first
-//                                                         masked entries, from zero        pass, over all matrices
-//     rosa       W0 + mask . DeltaW + s B A               A, B, DeltaW                     the largest dW^2 after 64 updates
-//                                                                                          of A and B alone, per matrix
-//     dense      W0 + DeltaW                              DeltaW, decaying to W0           full
+//     ltsft      W0 + mask . DeltaW                   first all of DeltaW, then   the largest |DeltaW| of the
+//                                                     masked entries, from zero   first pass, over all matrices
+//     rosa       W0 + mask . DeltaW + s B A           A, B, DeltaW                the largest dW^2 after 64
+//                                                                                 updates of A, B, per matrix
+//     dense      W0 + DeltaW                          DeltaW, decaying to W0      full
+//     full       W                                    every weight of the base    -
 //     rigsa      with --rest init: W0 + alpha * (mask . DeltaW + (1 - mask) . initial): a pruned entry stays,
 //                frozen, at its random initial value, where the trainer's rests at zero
 //
-// Where each rule comes from, and the proofs that it is what its origin does: doc/baselines.md, dev/test_baselines.py.
+// Where each rule comes from, and the proofs that it is what its origin does: doc/baselines.md,
+// dev/test_baselines.py.
 
 #include <stddef.h>
 #define PROGRAM "train_baselines"
 #define METHODS "rigsa|full|eval|lora|random|ltsft|rosa|dense"
-enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL, METHOD_LORA, METHOD_RANDOM, METHOD_LTSFT, METHOD_ROSA, METHOD_DENSE };
+enum { METHOD_RIGSA, METHOD_FULL, METHOD_EVAL, METHOD_LORA, METHOD_RANDOM, METHOD_LTSFT,
+    METHOD_ROSA, METHOD_DENSE };
 enum { INIT_ZERO, INIT_GATED };
 enum { BASE_PLAIN, BASE_NF4 };
 static struct {
@@ -35,34 +39,46 @@ static struct {
 } more;                                     // options, beside the trainer's
 #define METHOD_OPTIONS \
     { "method", CHOICE, &more.method, METHODS, "rigsa", "what is trained; eval: only evaluate" }, \
-    { "density", REAL, &more.density, "0 to 1", "0.0346", "share of the entries in the mask (random, ltsft, rosa)" }, \
-    { "init", CHOICE, &more.init, "zero|gated", "zero", "random: DeltaW from zero, or random behind RIGSA's gate" }, \
+    { "density", REAL, &more.density, "0 to 1", "0.0346", \
+        "share of the entries in the mask (random, ltsft, rosa)" }, \
+    { "init", CHOICE, &more.init, "zero|gated", "zero", \
+        "random: DeltaW from zero, or random behind RIGSA's gate" }, \
     { "gate", REAL, &more.gate, "0 to 1", "1e-6", "random --init gated: where the gates begin" }, \
-    { "alpha-decay", REAL, &more.alpha_decay, "0 to 1e6", "0", "random --init gated: decoupled decay of the gates" }, \
-    { "start", TEXT, &more.start, "FILE", "", "random --init gated: mask and DeltaW's start of this ticket" }, \
-    { "rest", CHOICE, &more.rest, "zero|init", "zero", "rigsa: where pruned entries stay: at zero, or where they began" }, \
-    { "rank", COUNT, &more.rank, "0 to 65536", "0", "of B A (lora, rosa); 0: as many values as --density has, nearly" }, \
-    { "lora-alpha", REAL, &more.lora_alpha, "0 to 1e6", "0", "B A counts lora-alpha / rank times; 0: once" }, \
+    { "alpha-decay", REAL, &more.alpha_decay, "0 to 1e6", "0", \
+        "random --init gated: decoupled decay of the gates" }, \
+    { "start", TEXT, &more.start, "FILE", "", \
+        "random --init gated: mask and DeltaW's start of this ticket" }, \
+    { "rest", CHOICE, &more.rest, "zero|init", "zero", \
+        "rigsa: where pruned entries stay: at zero, or where they began" }, \
+    { "rank", COUNT, &more.rank, "0 to 65536", "0", \
+        "of B A (lora, rosa); 0: as many values as --density has, nearly" }, \
+    { "lora-alpha", REAL, &more.lora_alpha, "0 to 1e6", "0", \
+        "B A counts lora-alpha / rank times; 0: once" }, \
     { "lora-lr", REAL, &more.lora_lr, "0 to 10", "0", "learning rate of A and B; 0: --lr" }, \
-    { "lora", TEXT, &more.lora, "FILE", "", "lora: start from this adapter; eval: evaluate it, of RoSA with its --ticket" }, \
-    { "base-type", CHOICE, &more.base_type, "plain|nf4", "plain", "lora, eval: W0 as it is, or in 4.127 bits (QLoRA)" }, \
-    { "mask-after", COUNT, &more.mask_after, "0 to 1e9", "64", "rosa: updates of A and B before the mask is chosen" },
+    { "lora", TEXT, &more.lora, "FILE", "", \
+        "lora: start from this adapter; eval: evaluate it, of RoSA with its --ticket" }, \
+    { "base-type", CHOICE, &more.base_type, "plain|nf4", "plain", \
+        "lora, eval: W0 as it is, or in 4.127 bits (QLoRA)" }, \
+    { "mask-after", COUNT, &more.mask_after, "0 to 1e9", "64", \
+        "rosa: updates of A and B before the mask is chosen" },
 #include "evaluate.c"
 
 enum { STREAM_MASK = 100, STREAM_LORA };    // of random numbers, after the trainer's
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // NF4 with double quantization (Dettmers et al. 2023), as bitsandbytes has it on a CPU
 //
-// 64 weights share a scale, their largest magnitude; each is stored as the nearest of 16 levels, quantiles of a normal
-// distribution. Scales are stored in 8 bits: less their mean, in blocks of 256 that share a scale of their own, on a map that is
-// fine near zero. 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight.
+// 64 weights share a scale, their largest magnitude; each is stored as the nearest of 16 levels, quantiles of
+// a normal distribution. Scales are stored in 8 bits: less their mean, in blocks of 256 that share a scale of
+// their own, on a map that is fine near zero. 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight.
 
 enum { NF4_BLOCK = 64, SCALE_BLOCK = 256 };
 
 static const float NF4_LEVEL[16] = {
-    -1, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
-    -0.09105003625154495f, 0, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    -1, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+        -0.18477343022823334f,
+    -0.09105003625154495f, 0, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
+        0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1 };
 
 typedef struct {                            // one matrix
@@ -77,8 +93,8 @@ static float scale_map[256];
 
 static size_t blocks_of(size_t n, size_t block) { return (n + block - 1) / block; }
 
-// The dynamic map: 2^e evenly spaced values of order 10^(e - 6), e = 0..6, of either sign, and 0 and 1. The middles of 2^e equal
-// parts of [0.1, 1], whose ends are counted from the nearer side.
+// The dynamic map: 2^e evenly spaced values of order 10^(e - 6), e = 0..6, of either sign, and 0 and 1. The
+// middles of 2^e equal parts of [0.1, 1], whose ends are counted from the nearer side.
 static void fill_scale_map(void)
 {
     float *positive = &scale_map[128];
@@ -128,7 +144,7 @@ static Nf4 nf4_quantize(const float *w, size_t n)
         size_t first = b * NF4_BLOCK, end = min_size(n, first + NF4_BLOCK);
         scale[b] = largest_magnitude(w + first, end - first);
         float size = fmaxf(scale[b], 1e-38f), inverse = 1.0f / size;
-        for (size_t i = first; i < end; i++) {          // bitsandbytes divides in a last block that is not full
+        for (size_t i = first; i < end; i++) {  // bitsandbytes divides in a last block that is not full
             uint8_t code = nearest(NF4_LEVEL, 16, end - first == NF4_BLOCK ? w[i] * inverse : w[i] / size);
             q.code[i / 2] |= (uint8_t)(i % 2 ? code : code << 4);
         }
@@ -183,23 +199,31 @@ static void quantize_base(Model *model)
     free(model->bf16_arena);
     model->base_arena = rest;
     model->bf16_arena = NULL;
-    printf("nf4      matrices in %.1f MB, %.3f bits per weight\n", 1e-6 * (double)bytes, 8 * (double)bytes / (double)weights);
+    printf("nf4      matrices in %.1f MB, %.3f bits per weight\n", 1e-6 * (double)bytes,
+           8 * (double)bytes / (double)weights);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Adapters
 //
-// A and B are kept with the rank first, A (r, I) and B^T (r, O): the products that make and differentiate them then have r rows
-// and many columns, which is what fills matmul's tiles. dW itself, (O, I), is never formed:
+// A and B are kept with the rank first, A (r, I) and B^T (r, O): the products that make and differentiate
+// them then have r rows and many columns, which is what fills matmul's tiles. dW itself, (O, I), is never
+// formed:
 //
 //     dB^T (r, O) += s (A x^T) dy          dA (r, I) += s (B^T dy^T) x
 
 static float *thin;                         // (2, r, N), or (r, O): products with A and B on their way
 
 // The rows of A and B^T of adapted matrix a are the last ones of the table.
-static Tensor *lora_tensor(Model *model, size_t a) { return &model->tensors[model->all_tensors - 2 * (matrices(model) - a)]; }
+static Tensor *lora_tensor(Model *model, size_t a)
+{
+    return &model->tensors[model->all_tensors - 2 * (matrices(model) - a)];
+}
 
-static float lora_scale(void) { return more.lora_alpha > 0 ? (float)(more.lora_alpha / (double)more.rank) : 1.0f; }
+static float lora_scale(void)
+{
+    return more.lora_alpha > 0 ? (float)(more.lora_alpha / (double)more.rank) : 1.0f;
+}
 
 static void scale_values(float *to, const float *from, float s, size_t n)
 {
@@ -212,7 +236,8 @@ static const float *lora_add(Model *model, Tensor *t)
 {
     const Tensor *A = lora_tensor(model, (size_t)t->adapter), *B = A + 1;
     scale_values(thin, B->value, lora_scale(), B->n);
-    matmul(model->scratch, t->cols, turned(thin, t->rows), view(A->value, t->cols), t->rows, t->cols, A->rows, 1);
+    matmul(model->scratch, t->cols, turned(thin, t->rows), view(A->value, t->cols), t->rows,
+           t->cols, A->rows, 1);
     return model->scratch;
 }
 
@@ -249,7 +274,8 @@ static const float *nf4_weight(Model *model, Tensor *t)
 
 static const Adapter NF4 = { nf4_weight, plain_gradient };
 
-// W = W0 + mask . DeltaW is RIGSA's with the gate at 1:     dDeltaW += mask . dW, and the gate has no gradient.
+// W = W0 + mask . DeltaW is RIGSA's with the gate at 1:     dDeltaW += mask . dW
+// The gate has no gradient.
 static void sparse_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
 {
     Tensor *delta = delta_tensor(model, (size_t)t->adapter);
@@ -286,9 +312,11 @@ static const float *resting_weight(Model *model, Tensor *t)
     return w;
 }
 
-// dDeltaW += alpha * mask . dW as ever. alpha scales the frozen entries, too, so its gradient needs all of dW:
+// dDeltaW += alpha * mask . dW as ever. alpha scales the frozen entries, too, so its gradient needs all of
+// dW:
 //
-//     dalpha += sum(dW . (mask . DeltaW + (1 - mask) . initial)) = sum(dW . mask . (DeltaW - initial)) + sum(dW . initial)
+//     dalpha += sum(dW . (mask . DeltaW + (1 - mask) . initial))
+//             = sum(dW . mask . (DeltaW - initial)) + sum(dW . initial)
 static void resting_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
 {
     const size_t a = (size_t)t->adapter, O = t->rows, I = t->cols;
@@ -339,7 +367,8 @@ static float *squares;                      // (all entries) of all matrices, en
 static void squares_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
 {
     float *dw = model->scratch, *sum = squares;
-    for (const Tensor *before = model->tensors; before < t; before++) if (before->adapter >= 0) sum += before->n;
+    for (const Tensor *before = model->tensors; before < t; before++)
+        if (before->adapter >= 0) sum += before->n;
     matmul(dw, t->cols, turned(dy, t->rows), view(x, t->cols), t->rows, t->cols, N, 0);
     #pragma omp parallel for simd
     for (size_t i = 0; i < t->n; i++) sum[i] += dw[i] * dw[i];
@@ -347,10 +376,13 @@ static void squares_gradient(Model *model, Tensor *t, const float *x, const floa
 
 static const Adapter SQUARES = { lora_weight, squares_gradient };
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Masks: floor(density * entries) of them, of each matrix or of all together
 
-static size_t matrix_size(Model *model, size_t a) { return delta_tensor(model, a)->rows * delta_tensor(model, a)->cols; }
+static size_t matrix_size(Model *model, size_t a)
+{
+    return delta_tensor(model, a)->rows * delta_tensor(model, a)->cols;
+}
 
 static size_t share(double density, size_t n) { return (size_t)floor(density * (double)n); }
 
@@ -362,8 +394,8 @@ static size_t set_index(Model *model, size_t a, size_t from, size_t n)
     return from + n;
 }
 
-// Each subset of share(density) entries is equally likely (selection sampling: Knuth, TAOCP 3.4.2, algorithm S): entry i is chosen
-// with probability (still needed) / (still to come).
+// Each subset of share(density) entries is equally likely (selection sampling: Knuth, TAOCP 3.4.2, algorithm
+// S): entry i is chosen with probability (still needed) / (still to come).
 static void mask_random(Model *model, double density)
 {
     size_t at = 0, all = 0;
@@ -403,10 +435,12 @@ static void mask_largest(Model *model, const float *score, double density, Thres
     Cut cut = { 0 };
     free(model->index_arena);
     model->index_arena = integers(share(density, all));
-    if (over == THRESHOLD_ALL) cut = cut_magnitudes(score, all, all, (double)share(density, all) / (double)all);
+    if (over == THRESHOLD_ALL)
+        cut = cut_magnitudes(score, all, all, (double)share(density, all) / (double)all);
     for (size_t a = 0; a < matrices(model); a++) {
         size_t size = matrix_size(model, a), n = 0;
-        if (over == THRESHOLD_MATRIX) cut = cut_magnitudes(score, size, size, (double)share(density, size) / (double)size);
+        if (over == THRESHOLD_MATRIX)
+            cut = cut_magnitudes(score, size, size, (double)share(density, size) / (double)size);
         for (size_t i = 0; i < size; i++)
             if (survives(&cut, score[i])) model->index_arena[at + n++] = (uint32_t)i;
         at = set_index(model, a, at, n);
@@ -414,7 +448,7 @@ static void mask_largest(Model *model, const float *score, double density, Thres
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Files: a trained base, and the `lora` kind (doc/model.md)
 
 static void base_save(const Model *model, const char *path)
@@ -446,7 +480,8 @@ static LoraShape lora_shape(const char *path)
     File file = file_open(path, "lora");
     LoraShape shape;
     needed_at(&shape, &file, "shape", 1, sizeof shape);
-    if (shape.rank < 1 || shape.rank > 65536 || !(shape.alpha > 0)) die("%s: rank %u, alpha %g", path, shape.rank, shape.alpha);
+    if (shape.rank < 1 || shape.rank > 65536 || !(shape.alpha > 0))
+        die("%s: rank %u, alpha %g", path, shape.rank, shape.alpha);
     file_close(&file);
     return shape;
 }
@@ -461,14 +496,17 @@ static void lora_load(Model *model, const char *path)
     file_close(&file);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The methods
 
 static int is_sparse(void) { return more.method >= METHOD_RANDOM; }
-static int is_low_rank(void) { return more.method == METHOD_LORA || more.method == METHOD_ROSA || *more.lora; }
+static int is_low_rank(void)
+{
+    return more.method == METHOD_LORA || more.method == METHOD_ROSA || *more.lora;
+}
 
-// Before the plan counts the table: the rows of this method after those of the base. DeltaW and the gates if it is sparse, A and
-// B^T of every matrix if it has a rank.
+// Before the plan counts the table: the rows of this method after those of the base. DeltaW and the gates if
+// it is sparse, A and B^T of every matrix if it has a rank.
 static void prepare_baseline(Run *run)
 {
     Model *model = &run->model;
@@ -477,22 +515,29 @@ static void prepare_baseline(Run *run)
     model->init.seed = opt.seed;
     model->init.sigma = (float)opt.sigma;
     model->init.rest = (uint32_t)more.rest;
-    if (more.base_type == BASE_NF4 && ((more.method != METHOD_LORA && more.method != METHOD_EVAL) || *ticket_path))
+    int lora_or_eval = more.method == METHOD_LORA || more.method == METHOD_EVAL;
+    if (more.base_type == BASE_NF4 && (!lora_or_eval || *ticket_path))
         die("--base-type nf4 goes with --method lora or eval, and without --ticket");
-    if (more.init == INIT_GATED && more.method != METHOD_RANDOM) die("--init gated goes with --method random");
+    if (more.init == INIT_GATED && more.method != METHOD_RANDOM)
+        die("--init gated goes with --method random");
     if ((*more.start || more.gate != 1e-6 || more.alpha_decay > 0) && more.init != INIT_GATED)
         die("--start, --gate and --alpha-decay go with --method random --init gated");
-    if (*more.lora && more.method != METHOD_LORA && more.method != METHOD_EVAL) die("--lora goes with --method lora or eval");
-    if (more.rest && more.method != METHOD_RIGSA) die("--rest init goes with --method rigsa; a ticket knows it by itself");
+    if (*more.lora && !lora_or_eval)
+        die("--lora goes with --method lora or eval");
+    if (more.rest && more.method != METHOD_RIGSA)
+        die("--rest init goes with --method rigsa; a ticket knows it by itself");
     if (more.rest && opt.survivors == SURVIVORS_REDRAW)
         die("--rest init and --survivors redraw: a frozen entry would change its value at every redraw");
-    run->passes = more.method == METHOD_EVAL ? 0 : more.method == METHOD_RIGSA ? opt.rounds + 1 : more.method == METHOD_LTSFT ? 2 : 1;
+    run->passes = more.method == METHOD_LTSFT ? 2 : more.method != METHOD_EVAL;
+    if (more.method == METHOD_RIGSA) run->passes = opt.rounds + 1;
     if (more.method == METHOD_FULL) {
         if (!given[option_find("lr")]) opt.lr = 1e-3;
         if (!given[option_find("weight-decay")]) opt.weight_decay = 0.1;
     }
-    if (more.method <= METHOD_FULL || (more.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_PLAIN)) return;
-    if (!given[option_find("weight-decay")] && more.method != METHOD_DENSE && more.init != INIT_GATED) opt.weight_decay = 0;
+    if (more.method <= METHOD_FULL) return;
+    if (more.method == METHOD_EVAL && !*more.lora && more.base_type == BASE_PLAIN) return;
+    if (!given[option_find("weight-decay")] && more.method != METHOD_DENSE && more.init != INIT_GATED)
+        opt.weight_decay = 0;
     for (Tensor *t = model->tensors; t < end; t++) if (t->adapter >= 0) both += t->rows + t->cols;
     if (*more.lora && !opt.resume) {            // a run that goes on has its own values
         LoraShape shape = lora_shape(more.lora);
@@ -514,14 +559,15 @@ static void prepare_baseline(Run *run)
     if (*more.start) mask_start(model, more.start);
     else if (more.method == METHOD_RANDOM) mask_random(model, more.density);
     if (more.method == METHOD_ROSA)
-        for (size_t a = 0; a < matrices(model); a++) delta_tensor(model, a)->n = share(more.density, matrix_size(model, a));
+        for (size_t a = 0; a < matrices(model); a++)
+            delta_tensor(model, a)->n = share(more.density, matrix_size(model, a));
 }
 
 // Gates of a mask that starts from zero stay at 1.
 static int frozen_gates(void) { return is_sparse() && more.init != INIT_GATED; }
 
-// Everything that is trained, at its start: DeltaW zero, behind gates that stay at 1 (or, gated, RIGSA's); B zero and
-// A ~ U(-1, 1) / sqrt(I), which is PEFT's kaiming_uniform_(a = sqrt(5)).
+// Everything that is trained, at its start: DeltaW zero, behind gates that stay at 1 (or, gated, RIGSA's); B
+// zero and A ~ U(-1, 1) / sqrt(I), which is PEFT's kaiming_uniform_(a = sqrt(5)).
 static void start_trained(Model *model)
 {
     Tensor *first = model->tensors + model->base_tensors, *end = model->tensors + model->all_tensors;
@@ -571,13 +617,14 @@ static void start_baseline(Run *run)
 static void ltsft_mask(Model *model)
 {
     for (size_t a = 0; a < matrices(model); a++) {
-        Tensor *delta = delta_tensor(model, a);                             // gradients are done with: scores take their place
+        Tensor *delta = delta_tensor(model, a);  // gradients are done with: scores take their place
         for (size_t i = 0; i < delta->n; i++) delta->grad[i] = fabsf(delta->value[i]);
     }
     mask_largest(model, delta_tensor(model, 0)->grad, more.density, THRESHOLD_ALL);
 }
 
-// RoSA (Nikdan et al. 2024): the first updates of the pass with A and B alone, then the squares of one update's gradients.
+// RoSA (Nikdan et al. 2024): the first updates of the pass with A and B alone, then the squares of one
+// update's gradients.
 static void rosa_mask(Run *run)
 {
     Model *model = &run->model;

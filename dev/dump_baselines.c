@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: MIT
 //
-// dump_baselines.c: what baselines.c computes at random values of everything that is trained, for test_baselines.py to judge.
+// dump_baselines.c: what baselines.c computes at random values of everything that is trained, for
+// test_baselines.py to judge.
 //
 //     ./dump_baselines --method M --base FILE --data FILE --eval FILE --out FOLDER
 //
-// writes FOLDER/dump.bin: `entries` and `index`, the mask as in a ticket; `values`, every row of the table after the
-// base's, end to end; `gradients`, of the mean loss over all examples, likewise (but none of gates that are frozen);
-// `loss`. With --method rigsa all of it after its passes, at the mask that they left, and `initial`, what every entry
-// of every DeltaW began as. With --base-type nf4 of all matrices, end to end: `code`, `scale`, `scale_scale`, `mean`,
-// and `expanded`, the weights that they stand for.
+// writes FOLDER/dump.bin: `entries` and `index`, the mask as in a ticket; `values`, every row of the table
+// after the base's, end to end; `gradients`, of the mean loss over all examples, likewise (but none of gates
+// that are frozen); `loss`. With --method rigsa all of it after its passes, at the mask that they left, and
+// `initial`, what every entry of every DeltaW began as. With --base-type nf4 of all matrices, end to end:
+// `code`, `scale`, `scale_scale`, `mean`, and `expanded`, the weights that they stand for.
 
 #define TESTING
 #include "baselines.c"
 
-enum { ENTRIES, INDEX, VALUES, GRADIENTS, MEAN_LOSS, INITIAL, CODE, SCALE, SCALE_SCALE, MEAN, EXPANDED, SECTIONS };
+enum { ENTRIES, INDEX, VALUES, GRADIENTS, MEAN_LOSS, INITIAL, CODE, SCALE, SCALE_SCALE, MEAN,
+    EXPANDED, SECTIONS };
 static const char *const TAG[SECTIONS] =
-    { "entries", "index", "values", "gradients", "loss", "initial", "code", "scale", "scale_scale", "mean", "expanded" };
+    { "entries", "index", "values", "gradients", "loss", "initial", "code", "scale", "scale_scale",
+        "mean", "expanded" };
 static char *data[SECTIONS];
 static size_t length[SECTIONS];
 

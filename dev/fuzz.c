@@ -2,14 +2,15 @@
 //
 // fuzz.c: hostile files for every reader of train_rigsa.c, by libFuzzer.
 //
-//     clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas dev/fuzz.c -o fuzz -lm
+//     clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas \
+//         dev/fuzz.c -o fuzz -lm
 //     FUZZ_SEEDS=dev/fuzz_corpus ./fuzz                       writes one small valid file per reader
 //     ./fuzz -runs=1000000 folder dev/fuzz_corpus/tick        new finds go to the first folder
 //     ./fuzz -set_cover_merge=1 -use_counters=0 small folder  the few of them that reach as much of the code
-//     cc -O1 -DVERDICTS -Wno-unknown-pragmas dev/fuzz.c -o verdicts -lm      for dev/fuzz_files.py: any compiler, without libFuzzer
+//     cc -O1 -DVERDICTS -Wno-unknown-pragmas dev/fuzz.c -o verdicts -lm      for dev/fuzz_files.py
 //
-// A file goes to the reader of the kind that its header names. It must be refused by die(), or hold what can be used: whatever
-// then reads out of bounds, overflows or leaves a number out of range ends the program.
+// A file goes to the reader of the kind that its header names. It must be refused by die(), or hold what can
+// be used: whatever then reads out of bounds, overflows or leaves a number out of range ends the program.
 
 #define _GNU_SOURCE
 #include <assert.h>
@@ -31,7 +32,8 @@
 #include <time.h>
 #include <unistd.h>
 
-// The trainer's view of the world: the one file is ours, exit() comes back to us, and memory that die() leaves behind is freed.
+// The trainer's view of the world: the one file is ours, exit() comes back to us, and memory that die()
+// leaves behind is freed.
 static const uint8_t *input;
 static size_t input_size;
 static jmp_buf refused;
@@ -86,7 +88,8 @@ __attribute__((noreturn)) static void our_exit(void) { longjmp(refused, 1); }
 #undef exit
 
 static const Config CONFIG = {
-    .C = 4, .F = 6, .L = 1, .H = 2, .KV = 1, .D = 2, .V = 8, .context = 16, .tied = 1, .theta = 1e4f, .eps = 1e-5f };
+    .C = 4, .F = 6, .L = 1, .H = 2, .KV = 1, .D = 2, .V = 8, .context = 16, .tied = 1,
+    .theta = 1e4f, .eps = 1e-5f };
 #define SAVED "batch            2\neval             eval\n"
 static unsigned long executions, accepted;
 
@@ -102,9 +105,11 @@ static void make_run(Run *run)
     size_t n = 0, at = 0;
     for (size_t i = 0; i < model->base_tensors; i++) n += model->tensors[i].n;
     model->base_arena = floats(n);
-    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; at += t++->n) t->value = model->base_arena + at;
+    for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; at += t++->n)
+        t->value = model->base_arena + at;
     settings_folder = (char *)"/";
-    opt = (Options){ .base = (char *)"base", .data = (char *)"data", .evals = { (char *)"eval" }, .out = (char *)"out",
+    opt = (Options){ .base = (char *)"base", .data = (char *)"data", .evals = { (char *)"eval" },
+        .out = (char *)"out",
                      .batch = 2, .examples = 6, .ticket_examples = 6, .sigma = 0.1 };
     run->row = allocate(run->passes + 1, sizeof(Row));
     run->score = allocate(run->passes + 1, sizeof(Score));
@@ -119,7 +124,8 @@ static void use_adapter(Model *model)
         Tensor *t = &model->tensors[i];
         if (t->adapter < 0) continue;
         RIGSA.weight(model, t);
-        for (size_t k = 0; k < t->n; k++) REQUIRE(!isnan(memory[k]) || fabsf(gates_tensor(model)->value[t->adapter]) > 1e18f);
+        for (size_t k = 0; k < t->n; k++)
+            REQUIRE(!isnan(memory[k]) || fabsf(gates_tensor(model)->value[t->adapter]) > 1e18f);
     }
 }
 
@@ -156,7 +162,7 @@ static void use_data(void)
     Data data = data_open("input");
     if (data.column[0] && data.metric == NUMBER) { use_pieces(&data); return; }     // no batch holds it whole
     Batch batch = batch_alloc(2 * data.longest, 2 * data.longest_answer, 2 * data.longest);
-    for (size_t e = 0; e < data.examples; e++) {                                    // each beside the next one
+    for (size_t e = 0; e < data.examples; e++) {  // each beside the next one
         size_t n = min_size(2, data.examples - e);
         for (size_t i = 0; i < n; i++) batch.example[i] = (uint32_t)(e + i);
         batch_lay(&batch, &data, batch.example, n);
@@ -220,8 +226,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
 }
 
 #ifdef VERDICTS
-// Standard input holds files, each behind its length as a u64. Standard output says of each in one line what the readers do with it:
-// an empty line if it is accepted, otherwise what die() said.
+// Standard input holds files, each behind its length as a u64. Standard output says of each in one line what
+// the readers do with it: an empty line if it is accepted, otherwise what die() said.
 int main(void)
 {
     uint64_t size;
@@ -240,8 +246,9 @@ int main(void)
     return 0;
 }
 #else
-// Most mutations happen inside a file that stays a file: one section's payload changes, or sections come, go and change places, and
-// lengths and hashes are made right again. Without that, nearly every mutation would end at the first wrong hash.
+// Most mutations happen inside a file that stays a file: one section's payload changes, or sections come, go
+// and change places, and lengths and hashes are made right again. Without that, nearly every mutation would
+// end at the first wrong hash.
 static unsigned long structured;
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 
@@ -265,7 +272,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigne
     size_t chosen = count ? (random >> 8) % count : 0, other = count ? (random >> 16) % count : 0;
     int what = (int)(random >> 24) % 16;
     if (count && what == 0) section[chosen] = section[--count];                                 // gone
-    if (count && what == 1) section[chosen].length = section[other].length;                     // may be too long: cut below
+    if (count && what == 1) section[chosen].length = section[other].length;  // may be too long: cut below
     if (count && what == 2) memcpy(section[chosen].tag, section[other].tag, 16);
     if (count && what == 3) swap = section[chosen], section[chosen] = section[other], section[other] = swap;
     FileHeader header;
@@ -277,8 +284,9 @@ size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigne
         uint8_t *payload = bytes + at + sizeof(SectionHeader);
         memcpy(payload, old + section[s].at, n);
         if (s == chosen && what > 3 && room > 0) n = LLVMFuzzerMutate(payload, n, room);
-        if (s == chosen && what > 12 && n >= 4) {                                               // a number that is often wrong
-            static const uint32_t odd[] = { 0, 1, 7, 8, 0x7fffffff, 0x80000000, 0xffffffff, 0x7fc00000, 0x7f800000, 1 << 20 };
+        if (s == chosen && what > 12 && n >= 4) {  // a number that is often wrong
+            static const uint32_t odd[] = { 0, 1, 7, 8, 0x7fffffff, 0x80000000, 0xffffffff, 0x7fc00000,
+                0x7f800000, 1 << 20 };
             memcpy(payload + (random >> 32) % (n / 4) * 4, &odd[(random >> 48) % 10], 4);
         }
         memset(payload + n, 0, padded(n) - n);
@@ -300,14 +308,18 @@ static void write_seeds(const char *folder)
 {
     static Run run;
     char path[PATH_MAX];
-    const uint32_t vocab[] = { 8, 4 }, length[] = { 4, 3, 3 }, answer[] = { 2, 2, 1 }, token[] = { 1, 2, 3, 4, 5, 6, 7, 0, 1, 2 };
-    const uint32_t choices[] = { 3 }, gold[] = { 1 }, chars[] = { 4, 5, 6 }, glyphs[] = { 1, '1' }, limit[] = { 3 }, end[] = { 0 };
+    const uint32_t vocab[] = { 8, 4 }, length[] = { 4, 3, 3 }, answer[] = { 2, 2, 1 },
+        token[] = { 1, 2, 3, 4, 5, 6, 7, 0, 1, 2 };
+    const uint32_t choices[] = { 3 }, gold[] = { 1 }, chars[] = { 4, 5, 6 }, glyphs[] = { 1, '1' },
+        limit[] = { 3 }, end[] = { 0 };
     const char stop[] = "\n\0Q:";
-    const char pieces[] = "\0\0\0\0" "\1\0\0\0001" "\1\0\0\0002" "\1\0\0\0-" "\2\0\0\0 7" "\1\0\0\0." "\1\0\0\0\n" "\2\0\0\0Q:";
+    const char pieces[] =
+        "\0\0\0\0" "\1\0\0\0001" "\1\0\0\0002" "\1\0\0\0-" "\2\0\0\0 7" "\1\0\0\0." "\1\0\0\0\n" "\2\0\0\0Q:";
     const double number[] = { 12, -7.5, NAN };
     const size_t sections[] = { 5, 7, 10, 15 };
     for (int i = 0; i < 9; i++) {
-        const char *name[] = { "base/base", "data/examples", "data/exact", "data/choices", "data/number", "tick/dense",
+        const char *name[] = { "base/base", "data/examples", "data/exact", "data/choices",
+            "data/number", "tick/dense",
                                "tick/sparse", "stat/rigsa", "stat/full" };
         const char *metric[] = { "", "", "exact", "acc_norm", "number" };
         snprintf(path, sizeof path, "%s/%s", folder, name[i]);
@@ -321,11 +333,14 @@ static void write_seeds(const char *folder)
         if (i == 0) { base_save(model, path); continue; }
         if (i < 5) {
             Section section[] = { { "vocab", vocab, sizeof vocab }, { "length", length, sizeof length },
-                { "answer", answer, sizeof answer }, { "tokens", token, sizeof token }, { "glyphs", glyphs, sizeof glyphs },
+                { "answer", answer, sizeof answer }, { "tokens", token, sizeof token },
+                { "glyphs", glyphs, sizeof glyphs },
                 { "column", "evaluation", 10 },
                 { "metric", metric[i], strlen(metric[i]) }, { "choices", choices, sizeof choices },
-                { "gold", gold, sizeof gold }, { "chars", chars, sizeof chars }, { "limit", limit, sizeof limit },
-                { "number", number, sizeof number }, { "end", end, sizeof end }, { "stop", stop, sizeof stop },
+                { "gold", gold, sizeof gold }, { "chars", chars, sizeof chars },
+                { "limit", limit, sizeof limit },
+                { "number", number, sizeof number }, { "end", end, sizeof end },
+                { "stop", stop, sizeof stop },
                 { "pieces", pieces, sizeof pieces - 1 } };
             file_write(path, "data", section, sections[i - 1]);
             continue;
@@ -340,7 +355,8 @@ static void write_seeds(const char *folder)
 
 static void report(void)
 {
-    printf("%lu executions, %lu accepted, %lu inputs of the structure-aware mutator\n", executions, accepted, structured);
+    printf("%lu executions, %lu accepted, %lu inputs of the structure-aware mutator\n", executions,
+           accepted, structured);
 }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)
