@@ -25,6 +25,7 @@ def load_tokenizer(folder):
     The tokenizer in `folder`; where its settings name no chat template, with the chat_template*.jinja beside it, if
     there is one: a base model has none. ValueError, in one line, where there is no tokenizer or more than one.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing, which nobody needs here
     from transformers import AutoTokenizer
 
     refuse_file(folder)

@@ -5,16 +5,17 @@ What the scripts have in common as commands.
     @command.line
     def main(): ...
 
-An error of the user's, a missing package among them, is one line with the script's name. A reader who has read
-enough (`| head -1`) ends a script in silence, as he ends other programs. Streams that are closed lead nowhere.
+An error of the user's, a missing package among them, is one line with the script's name. A reader who has
+read enough (`| head -1`) ends a script in silence, as other programs. Streams that are closed lead nowhere.
 """
 import functools
 import os
 import sys
 
 SMALL, LARGE = "dev/requirements.txt", "dev/requirements-torch.txt"
-PACKAGES = dict.fromkeys(("numpy", "safetensors", "tokenizers", "transformers", "jinja2", "gguf", "matplotlib", "tqdm",
-                          "huggingface_hub"), SMALL) | dict.fromkeys(("torch", "lm_eval", "datasets"), LARGE)
+PACKAGES = dict.fromkeys(("numpy", "safetensors", "tokenizers", "transformers", "jinja2", "gguf",
+                          "matplotlib", "tqdm", "huggingface_hub"), SMALL)
+PACKAGES |= dict.fromkeys(("torch", "lm_eval", "datasets"), LARGE)
 PIPE_CLOSED = 141  # exit status of a program that SIGPIPE has ended, as a shell sees it
 
 

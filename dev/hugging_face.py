@@ -34,8 +34,8 @@ def hugging_face_name(name):
 def refuse_file(model):
     """ValueError where `model` is a file, such as a GGUF file: transformers reads folders."""
     if os.path.isfile(model):
-        raise ValueError(f"{model}: a folder is needed; python3 dev/export_hf.py {model} base.bin --hf FOLDER makes "
-                         "one of a GGUF file")
+        raise ValueError(f"{model}: a folder is needed; python3 dev/export_hf.py {model} base.bin --hf FOLDER "
+                         "makes one of a GGUF file")
 
 
 def load_json(path):

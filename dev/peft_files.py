@@ -73,7 +73,8 @@ def export_peft(lora, base, folder):
         "base_model_name_or_path": named[8:].decode(), "inference_mode": True,
     })
     if config["dtype"]:
-        print("note: trained on weights in bf16; on a model whose own are in fp32 the adapter gives other logits")
+        print("note: trained on weights in bf16; on a model whose own are in fp32 the adapter gives other "
+              "logits")
 
 
 def import_peft(folder, base, lora):

@@ -116,8 +116,8 @@ def make_all(out, side, mnist):
     evals = ["piqa", "hellaswag"]
     if not have(out, *evals):
         try:
-            run(f"they need torch and lm_eval: {os.path.relpath(python)} -m pip install -r dev/requirements-torch.txt "
-                "(5 GB), then make smollm2", python, "-c", "import lm_eval")
+            run(f"they need torch and lm_eval: {os.path.relpath(python)} -m pip install -r "
+                "dev/requirements-torch.txt (5 GB), then make smollm2", python, "-c", "import lm_eval")
             run("they cannot be downloaded; make smollm2 tries again", python, "dev/prepro_eval.py", hf,
                 "--tasks", ",".join(evals), "--limit", "500", "--out", out)
         except ValueError as error:
