@@ -48,7 +48,6 @@ class Table(NamedTuple):
     last: int  # and of the last pass
     batch: int
     gate: float  # alpha-lr / lr
-    sigma: float  # sigma / lr; None: the default sigma
     methods: dict  # name: (learning rates, options)
 
 
@@ -70,11 +69,10 @@ def methods(density, gated, masks, lora, low, **more):
 
 
 # Rounds and last pass of RIGSA's defaults. Its ticket has 9,803 entries: LoRA's rank becomes 2 (9,792 values), RoSA's 1.
-NANO = Table(12800, 48000, 16, 7 / 3, None, methods(0.03545, (1e-3, 3e-3, 6e-3, 1.2e-2), HIGH, MIDDLE, LOW))
+NANO = Table(12800, 48000, 16, 7 / 3, methods(0.03545, (1e-3, 3e-3, 6e-3, 1.2e-2), HIGH, MIDDLE, LOW))
 
-# doc/real.md has what these were chosen from. A round of 600 updates: lr 2.4 / 600, as doc/smollm2.md has it, and half and
-# twice of it.
-REAL = Table(4800, 4800, 8, 1 / 2, 20, methods(
+# doc/real.md has what these were chosen from: a round has 600 updates, hence lr 2.4 / 600, half and twice of it.
+REAL = Table(4800, 4800, 8, 1 / 2, methods(
     0.0355, (2e-3, 4e-3, 8e-3), HIGH[:3], (3e-4, 1e-3, 2e-3), LOW[:3],
     redraw=((2e-3, 4e-3, 8e-3), ["--method", "rigsa", "--keep", 0.8, "--survivors", "redraw"]),
     **{f"qlora{rank}": ((3e-4, 1e-3, 2e-3), ["--method", "lora", "--base-type", "nf4", "--rank", rank])
@@ -98,7 +96,6 @@ def plan(args):
                     "method": method, "budget": budget, "lr": lr, "seed": seed,
                     "cost": end + (first if method in SEVERAL_PASSES else 0),
                     "options": [*options, "--lr", lr, "--alpha-lr", table.gate * lr,
-                                *(["--sigma", table.sigma * lr] if table.sigma else []),
                                 "--batch", table.batch, "--seed", seed, "--ticket-examples", end,
                                 *(["--examples", examples] if examples else [])],
                 })
