@@ -31,10 +31,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import NamedTuple
+
+import command
 
 ROUNDS = 5
 PARTS = 8  # of a pass, whose mean losses stand in the CSV
@@ -142,7 +143,7 @@ def processor():
 
 
 def train(args, run):
-    """Makes a run, or goes on with it; its rows for the CSV, as dicts. RuntimeError, in one line, when it fails."""
+    """Makes a run, or goes on with it; its rows for the CSV, as dicts. ValueError when it fails or is stopped."""
     out = folder(args, run)
     os.makedirs(out, exist_ok=True)
     begun = os.path.exists(os.path.join(out, "state.bin"))
@@ -156,7 +157,7 @@ def train(args, run):
         log.seek(0), use.seek(0)
         said, used = log.read(), [tuple(map(float, line)) for line in csv.reader(use)]
     if process.returncode:
-        raise RuntimeError(f"{out}: {(said.strip() or 'killed').splitlines()[-1]}")
+        raise ValueError(f"{out}: {(said.strip() or 'killed').splitlines()[-1]}")
     weights, entries = map(int, re.search(r"(\d+) weights, .*; (\d+) of them", said).groups())
     base, *passes = read_rows(os.path.join(out, "table.csv"))
     losses = read_rows(os.path.join(out, "loss.csv"))
@@ -233,6 +234,7 @@ def make_all(args, todo, path):
             raise
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="All methods at several learning rates and seeds, into one CSV.")
     parser.add_argument("--out", default="out_compare", metavar="FOLDER",
@@ -254,23 +256,20 @@ def main():
     args.commit, args.processor = commit(), processor()
     unknown = [method for method in args.methods if method not in args.table.methods]
     if unknown:
-        sys.exit(f"compare.py: no method `{unknown[0]}`; there are {', '.join(args.table.methods)}")
+        raise ValueError(f"no method `{unknown[0]}`; there are {', '.join(args.table.methods)}")
     if not os.access("./train_baselines", os.X_OK):
-        sys.exit("compare.py: no ./train_baselines here; make train_baselines")
+        raise ValueError("no ./train_baselines here; make train_baselines")
     os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, "compare.csv")
     there = read_rows(path)
     if there and float(there[0]["share"]) != args.share:
-        sys.exit(f"compare.py: {path} was made with --share {there[0]['share']}; choose another --out")
+        raise ValueError(f"{path} was made with --share {there[0]['share']}; choose another --out")
     done = {key(row) for row in there if row["method"] != "base"}
     runs = plan(args)
     todo = [run for run in runs if key(run) not in done]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        make_all(args, todo, path)
-    except (RuntimeError, ValueError, KeyboardInterrupt) as error:
-        sys.exit(f"compare.py: {error or 'interrupted: the same command goes on'}")
+    make_all(args, todo, path)
 
 
 if __name__ == "__main__":

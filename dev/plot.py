@@ -3,6 +3,7 @@ Draws what dev/compare.py found, each figure as PNG and SVG.
 
     python dev/plot.py out_compare                 trade-off, table, rounds and loss curves, into out_compare
     python dev/plot.py out                         of a single run of ./train_rigsa: rounds and loss curve
+    python dev/plot.py doc/real.csv                its rows as a table, on the screen
 
 tradeoff   the new task against what is left of the old ones, a curve per method over its learning rates. The old ones count
            as the mean over their evaluation sets of score / score of the base, or loss of the base / loss. Points are means
@@ -16,6 +17,7 @@ Which evaluation sets are losses, nats a token, where lower is better, is read f
 import argparse
 import glob
 import os
+import re
 
 import command
 
@@ -30,6 +32,8 @@ STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okab
     "rigsa": ("RIGSA", "#000000", "o"), "gated random": ("random mask, gated", "#56B4E9", "o"),
     "random": ("random mask", "#0072B2", "s"), "ltsft": ("LT-SFT", "#009E73", "^"), "rosa": ("RoSA", "#CC79A7", "D"),
     "lora": ("LoRA", "#E69F00", "v"), "qlora": ("QLoRA", "#D55E00", "v"), "lora16": ("LoRA, rank 16", "#F0C000", "<"),
+    "qlora16": ("QLoRA, rank 16", "#F8A070", "<"), "qlora64": ("QLoRA, rank 64", "#D55E00", "<"),
+    "qlora256": ("QLoRA, rank 256", "#8A3A00", "<"), "redraw": ("RIGSA, redrawn, top 80 %", "#555555", "^"),
     "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#882255", "x"),
 }
 POINTS = 400  # of a loss curve that are drawn
@@ -117,6 +121,16 @@ def write_table(rows, sets, is_loss, folder):
     print(path)
 
 
+def print_runs(rows):
+    """A table with a line per row, as it is: scores ± standard error, nothing where there is none."""
+    sets = [name.removesuffix("_error") for name in rows[0] if name.endswith("_error")]
+    columns = ["method", "round", "lr", "examples", "losses", "values", "flipped", "seconds", "memory"]
+    print("| " + " | ".join(columns + sets) + " |\n|" + "---|" * (len(columns) + len(sets)))
+    for row in rows:
+        scores = [f"{float(row[name]):.3f} ±{float(row[f'{name}_error']):.3f}" if row[name] else "" for name in sets]
+        print("| " + " | ".join([row[name] for name in columns] + [re.sub(r"\b0\.", ".", cell) for cell in scores]) + " |")
+
+
 def draw_rounds(run, folder):
     """Of one run with rounds."""
     rounds = run.table[1:]
@@ -175,14 +189,16 @@ def middle_runs(rows, folder):
 @command.line
 def main():
     parser = argparse.ArgumentParser(description="Draws a comparison, or a single run, as PNG and SVG.")
-    parser.add_argument("folder", help="of dev/compare.py, or of a run")
+    parser.add_argument("folder", help="of dev/compare.py, or of a run; or a CSV of dev/compare.py alone")
     folder = parser.parse_args().folder
-    rows = read_rows(folder, "compare.csv")
+    if folder.endswith(".csv"):
+        return print_runs(read_rows(*os.path.split(folder)))
+    rows = [row for row in read_rows(folder, "compare.csv") if not row.get("round")]  # last passes, and the base
     if rows:
         folders = middle_runs(rows, folder)
         rigsa = sorted(glob.glob(os.path.join(folder, "rigsa_*_0.003_*", "")))
         run = Run(rigsa[0] if rigsa else next(iter(folders.values()))[0])
-        sets = list(rows[0])[list(rows[0]).index("density") + 1:]
+        sets = [name for name in list(rows[0])[list(rows[0]).index("density") + 1:] if not name.endswith("_error")]
         draw_tradeoff(rows, sets, run.is_loss, folder)
         write_table(rows, sets, run.is_loss, folder)
         if rigsa:
