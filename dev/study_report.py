@@ -3,7 +3,8 @@ What dev/study.py found, as tables with intervals and a plot per question.
 
     python dev/study_report.py doc/study.csv doc/study.md     tables in the page, plots beside it
 
-The table `compare` is of another file, compare.csv beside the study's: full-length runs of dev/compare.py.
+The tables `compare` and `compare_ranks` are of another file, compare.csv beside the study's: full-length
+runs of dev/compare.py.
 
 A table stands between two comments of the page. It has a row per arm: means over the seeds of the answer
 (never of the one that chose the rate), and the difference to the arm that the question compares with
@@ -27,17 +28,25 @@ BESIDE = {  # question: the arm that the others are compared with, or those of t
     "decay": "decay 1", "lottery": "own start", "gate": "gate 1e-6, learned, start random",
     "pruning": "5 rounds", "readings": "rest zero, rewind, matrix, 0.56", "rank": "rank 2",
     "targets": "RIGSA", "pictures": "RIGSA", "sizes": "RIGSA", "compare": "RIGSA",
+    "compare_ranks": "rank 2",
 }
-COMPARED = {  # (method, budget, rate) of dev/compare.py that doc/baselines.md speaks of, and its name here
-    ("rigsa", "both", 0.003): "RIGSA",
-    ("gated random", "last", 0.003): "random mask, gated, equal last pass",
-    ("gated random", "total", 0.003): "random mask, gated, equal total",
-    ("random", "last", 0.003): "random mask, from zero",
-    ("ltsft", "both", 0.001): "LT-SFT",
-    ("rosa", "last", 0.001): "RoSA",
-    ("lora", "last", 0.001): "LoRA",
-    ("lora16", "last", 0.001): "LoRA, rank 16, eight times the values",
-    ("dense", "last", 1e-4): "all entries, decay to W0",
+COMPARED = {  # question: (method, budget, rate) of dev/compare.py, and its name here
+    "compare": {
+        ("rigsa", "both", 0.003): "RIGSA",
+        ("gated random", "last", 0.003): "random mask, gated, equal last pass",
+        ("gated random", "total", 0.003): "random mask, gated, equal total",
+        ("random", "last", 0.003): "random mask, from zero",
+        ("ltsft", "both", 0.001): "LT-SFT",
+        ("rosa", "last", 0.001): "RoSA",
+        ("lora", "last", 0.001): "LoRA",
+        ("lora16", "last", 0.001): "LoRA, rank 16, eight times the values",
+        ("dense", "last", 1e-4): "all entries, decay to W0",
+    },
+    "compare_ranks": {
+        ("lora", "last", 0.001): "low rates: rank 2", ("lora16", "last", 0.0003): "low rates: rank 16",
+        ("lora", "last", 0.003): "middle rates: rank 2", ("lora16", "last", 0.001): "middle rates: rank 16",
+        ("lora", "last", 0.01): "high rates: rank 2", ("lora16", "last", 0.003): "high rates: rank 16",
+    },
 }
 
 
@@ -63,7 +72,8 @@ def compared(path):
         return []
     with open(path, newline="") as file:
         base, *rows = ({**row, "role": "answer", "target": row["digits"]} for row in csv.DictReader(file))
-    named = [({**row, "question": "compare", "arm": arm}) for run, arm in COMPARED.items() for row in rows
+    named = [{**row, "question": question, "arm": arm} for question, runs in COMPARED.items()
+             for run, arm in runs.items() for row in rows
              if run == (row["method"], row["budget"], float(row["lr"]))]
     return [{**base, "question": "base", "arm": "digits, width 96"}, *named]
 
