@@ -5,8 +5,8 @@ Asks a model, and what training made of it, side by side.
     python dev/chat.py MODEL --merged merged               a folder that dev/import_hf.py made
     echo "Why is the sky blue?" | python dev/chat.py MODEL      the model alone
 
-A line of standard input is a question; each is a conversation of its own. Answers are greedy, as transformers
-generates them in fp32. MODEL is what dev/export_hf.py was given.
+A line of standard input is a question, \\n in it a new line; each is a conversation of its own. Answers are
+greedy, as transformers generates them in fp32. MODEL is what dev/export_hf.py was given.
 """
 import argparse
 import copy
@@ -96,7 +96,8 @@ def chat(args):
             continue
         if not terminal:
             print(f"\n> {question.strip()}", flush=True)
-        said = [ask(model, tokenizer, question.strip(), args.tokens)[1] for model in models.values()]
+        text = question.strip().replace("\\n", "\n")
+        said = [ask(model, tokenizer, text, args.tokens)[1] for model in models.values()]
         print(columns([tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in said], width),
               flush=True)
 
