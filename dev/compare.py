@@ -1,32 +1,36 @@
 """
 RIGSA and the methods it is compared with: every method at several learning rates and seeds, into one CSV.
 
-    make train_baselines && python dev/compare.py --out out_compare             the small model's whole table: hours, see below
+    make train_baselines && python dev/compare.py --out out_compare       the small model's whole table: hours
     python dev/compare.py --out out_compare --methods rigsa,lora --seeds 1      a part of it
-    python dev/compare.py --out out_short --share 0.1                           passes of a tenth of the length
-    python dev/compare.py --base smollm2.bin --data data_smollm2/mnist_7_train.bin --eval data_smollm2/mnist_7_heldout.bin \\
-        --eval data_smollm2/piqa.bin --eval data_smollm2/own.bin --seeds 1 --jobs 1 --out out_real      the real model's
+    python dev/compare.py --out out_short --share 0.1                        passes of a tenth of the length
+    python dev/compare.py --base smollm2.bin --data data_smollm2/mnist_7_train.bin \\
+        --eval data_smollm2/mnist_7_heldout.bin --eval data_smollm2/own.bin --out out_real       the real model's
 
-One thread per run and --jobs of them at a time: the results are the same bits as with more threads. A run that is already
-in the CSV is not made again, one that was stopped goes on from its last save: the same command after an interruption goes on.
+One thread per run and --jobs of them at a time: the results are the same bits as with more threads. A run
+that is in the CSV is not made again, one that was stopped goes on from its last save.
 
-What is compared on a base is a Table below: NANO, and REAL where --base is given. Every method gets `last` examples in its
-last pass. RIGSA and LT-SFT look at others before that, in RIGSA's rounds and in LT-SFT's first pass, ROUNDS * `round`
-together; with --budget total the methods that have only one pass get these examples as well: once a comparison at equal last
-pass, once at equal total, `both` for those two. All but full, dense and LoRA of a given rank train about as many values as
-RIGSA's ticket has entries (`density`).
+What is compared on a base is a Table below: NANO, and REAL where --base is given. Every method gets `last`
+examples in its last pass. RIGSA and LT-SFT look at others before that, in RIGSA's rounds and in LT-SFT's
+first pass, ROUNDS * `round` together; with --budget total the methods that have only one pass get these examples as
+well: once a comparison at equal last pass, once at equal total, `both` for those two. All but full, dense and
+LoRA of a given rank train about as many values as RIGSA's ticket has entries (`density`).
 
-compare.csv has a row for the base, for every run, and for every round of RIGSA's (`round`: its number, empty for a last pass):
-commit      of the program, and whether it was changed since
-processor   name, vectors, threads
-budget, share, lr, seed, settings      of the run; settings are the options of ./train_baselines
-examples    of the pass; losses: mean loss of each eighth of it
-values      trained in the pass; density: values / entries of the adapted matrices; flipped: share of the signs, in a round
-seconds     of processor time and memory (MB, the most at any time), of the whole run
-then the score and the standard error of each evaluation set. The folders of the runs are beside it, for dev/plot.py.
+compare.csv has a row for the base and one for every pass of a run, written when the run has ended. Columns:
+
+commit, processor            of the program, with a + where files differ from it; name, vectors, threads
+round                        empty for a last pass
+budget, share, lr, seed, settings    of the run; settings are the options of ./train_baselines
+examples, losses             of the pass; losses are the means of its eighths
+values, density              trained in the pass; density is values / entries of the adapted matrices
+flipped                      share of the signs, in a round of RIGSA's
+seconds, memory              of the whole run: processor time, and the most MB at any time
+
+then score and standard error of each evaluation set. The folders of the runs are beside it, for dev/plot.py.
 """
 import argparse
 import csv
+import math
 import os
 import re
 import signal
@@ -36,6 +40,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import command
+from rigsa_file import adapted_shapes, read_base, tensor_shapes
 
 ROUNDS = 5
 PARTS = 8  # of a pass, whose mean losses stand in the CSV
@@ -53,7 +58,7 @@ class Table(NamedTuple):
 
 
 def methods(density, gated, masks, lora, low, **more):
-    """Those that every table has, with `density` for all that have as many values as RIGSA's ticket; rates of each kind."""
+    """What every table has; `density`: of the masks and what has as many values; learning rates by kind."""
     return {
         "rigsa": (gated, ["--method", "rigsa"]),
         "gated random": (gated, ["--method", "random", "--init", "gated", "--density", density]),
@@ -69,10 +74,10 @@ def methods(density, gated, masks, lora, low, **more):
     }
 
 
-# Rounds and last pass of RIGSA's defaults. Its ticket has 9,803 entries: LoRA's rank becomes 2 (9,792 values), RoSA's 1.
+# RIGSA's defaults. Its ticket has 9,803 entries: LoRA's rank becomes 2 (9,792 values), RoSA's 1.
 NANO = Table(12800, 48000, 16, 7 / 3, methods(0.03545, (1e-3, 3e-3, 6e-3, 1.2e-2), HIGH, MIDDLE, LOW))
 
-# doc/real.md has what these were chosen from: a round has 600 updates, hence lr 2.4 / 600, half and twice of it.
+# doc/real.md has what these were chosen from. A round has 600 updates, hence lr 2.4 / 600, half and twice it.
 REAL = Table(4800, 4800, 8, 1 / 2, methods(
     0.0355, (2e-3, 4e-3, 8e-3), HIGH[:3], (3e-4, 1e-3, 2e-3), LOW[:3],
     redraw=((2e-3, 4e-3, 8e-3), ["--method", "rigsa", "--keep", 0.8, "--survivors", "redraw"]),
@@ -82,7 +87,7 @@ SEVERAL_PASSES = ("rigsa", "redraw", "ltsft")
 
 
 def plan(args):
-    """All runs as dicts: method, budget, lr, seed, the options of ./train_baselines and the examples that they see."""
+    """All runs as dicts: method, budget, lr, seed, options of ./train_baselines, cost in examples."""
     table, runs = args.table, []
     one, last = round(table.round * args.share), round(table.last * args.share)
     first = round(ROUNDS * table.round * args.share)
@@ -128,8 +133,8 @@ def read_rows(path):
 
 def commit():
     """Of the program, with a + where it was changed since."""
-    said = subprocess.run(["git", "describe", "--always", "--exclude=*", "--dirty=+"], capture_output=True, text=True)
-    return said.stdout.strip()
+    describe = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
 
 
 def processor():
@@ -139,41 +144,50 @@ def processor():
         with open("/proc/cpuinfo") as file:
             text = file.read()
     names, flags = re.findall(r"model name\s*: (.*)", text)[:1], text.split()
-    return ", ".join(names + [flag for flag in ("amx_bf16", "avx512f", "avx2") if flag in flags][:1] + ["1 thread"])
+    vectors = [flag for flag in ("amx_bf16", "avx512f", "avx2") if flag in flags][:1]
+    return ", ".join(names + vectors + ["1 thread"])
 
 
 def train(args, run):
-    """Makes a run, or goes on with it; its rows for the CSV, as dicts. ValueError when it fails or is stopped."""
+    """Makes a run, or goes on with it; its rows of the CSV. ValueError when it fails or is stopped."""
     out = folder(args, run)
     os.makedirs(out, exist_ok=True)
     begun = os.path.exists(os.path.join(out, "state.bin"))
-    with open(os.path.join(out, "log.txt"), "a+") as log, open(os.path.join(out, "used.csv"), "a+", newline="") as use:
-        process = subprocess.Popen(["./train_baselines", *words(run).split(), *args.files, "--out", out,
-                                    "--resume" if begun else "--overwrite"],
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    call = ["./train_baselines", *words(run).split(), *args.files, "--out", out,
+            "--resume" if begun else "--overwrite"]
+    with open(os.path.join(out, "log.txt"), "a+") as log:
+        process = subprocess.Popen(call, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        csv.writer(use).writerow([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024])  # each time that it was started
-        log.seek(0), use.seek(0)
-        said, used = log.read(), [tuple(map(float, line)) for line in csv.reader(use)]
+        log.seek(0)
+        said = log.read().strip() or "killed"
+    with open(os.path.join(out, "used.csv"), "a+", newline="") as file:  # a line each time that it ran
+        csv.writer(file).writerow([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024])
+        file.seek(0)
+        seconds, memory = zip(*(map(float, line) for line in csv.reader(file)))
     if process.returncode:
-        raise ValueError(f"{out}: {(said.strip() or 'killed').splitlines()[-1]}")
-    weights, entries = map(int, re.search(r"(\d+) weights, .*; (\d+) of them", said).groups())
+        raise ValueError(f"{out}: {said.splitlines()[-1]}")
     base, *passes = read_rows(os.path.join(out, "table.csv"))
     losses = read_rows(os.path.join(out, "loss.csv"))
     same = {"commit": args.commit, "processor": args.processor, "share": args.share}
     found = [same | {"method": "base", "lr": 0, "seed": 0, "density": 0} | scores(base)]
     for row in passes:
         mine = [float(loss["loss"]) for loss in losses if loss["pass"] == row["round"]]
+        full = row["density"] == "nan"
         found.append(same | {
-            "method": run["method"], "round": "" if row is passes[-1] else row["round"], "budget": run["budget"],
-            "lr": f"{run['lr']:g}", "seed": run["seed"], "settings": words(run),
+            "method": run["method"], "round": "" if row is passes[-1] else row["round"],
+            "budget": run["budget"], "lr": f"{run['lr']:g}", "seed": run["seed"], "settings": words(run),
             "examples": len(mine) * args.table.batch, "losses": parts(mine), "density": row["density"],
             "flipped": "" if row["flipped"] == "nan" else row["flipped"],
-            "values": weights if row["density"] == "nan" else round(float(row["density"]) * entries),  # nan: full
-            "seconds": round(sum(seconds for seconds, _ in used)), "memory": round(max(memory for _, memory in used)),
+            "values": args.weights if full else round(float(row["density"]) * args.entries),
+            "seconds": round(sum(seconds)), "memory": round(max(memory)),
         } | scores(row))
     return found
+
+
+def count(shapes):
+    """Entries of tensors, (name, shape) each."""
+    return sum(math.prod(shape) for _, shape in shapes)
 
 
 def scores(row):
@@ -188,12 +202,12 @@ def parts(losses):
     return " ".join(f"{sum(losses[a:b]) / (b - a):.3f}" for a, b in zip(ends, ends[1:]) if a < b)
 
 
-COLUMNS = ("commit", "processor", "method", "round", "budget", "share", "lr", "seed", "settings", "examples", "losses",
-           "values", "flipped", "seconds", "memory", "density")
+COLUMNS = ("commit", "processor", "method", "round", "budget", "share", "lr", "seed", "settings", "examples",
+           "losses", "values", "flipped", "seconds", "memory", "density")
 
 
 def write(path, new):
-    """Appends a run's rows to the CSV, the base's only to an empty one. ValueError where it has other columns."""
+    """Appends a run's rows to the CSV, the base's only to an empty one. ValueError if its columns differ."""
     columns, there = [*COLUMNS, *(name for name in new[0] if name not in COLUMNS)], read_rows(path)
     if there and list(there[0]) != columns:
         raise ValueError(f"{path} has other columns; choose another --out")
@@ -213,7 +227,8 @@ def make_all(args, todo, path):
     """Makes the runs, --jobs at a time, and says after each one and now and then how far they are."""
     def seen():
         """Examples that the runs have seen, as far as they have saved them."""
-        return args.table.batch * sum(len(read_rows(os.path.join(folder(args, run), "loss.csv"))) for run in todo)
+        files = (os.path.join(folder(args, run), "loss.csv") for run in todo)
+        return args.table.batch * sum(len(read_rows(path)) for path in files)
 
     start, before, total = time.time(), seen(), sum(run["cost"] for run in todo)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -224,8 +239,10 @@ def make_all(args, todo, path):
                 for future in done:
                     run, new = pending.pop(future), future.result()
                     write(path, new)
-                    print(f"{run['method']:13} lr {run['lr']:<7g} seed {run['seed']}   " + "   ".join(
-                        f"{name} {float(score):.3f}" for name, score in new[-1].items() if f"{name}_error" in new[-1]))
+                    said = [f"{run['method']:13} lr {run['lr']:<7g} seed {run['seed']}"] + [
+                        f"{name} {float(score):.3f}" for name, score in new[-1].items()
+                        if f"{name}_error" in new[-1]]
+                    print("   ".join(said))
                 if (now := seen()) > before:
                     left = (time.time() - start) * (total - now) / (now - before)
                     print(f"{now / total:.0%} of the examples, {minutes(left)} left", flush=True)
@@ -236,23 +253,27 @@ def make_all(args, todo, path):
 
 @command.line
 def main():
-    parser = argparse.ArgumentParser(description="All methods at several learning rates and seeds, into one CSV.")
+    parser = argparse.ArgumentParser(description="All methods at several rates and seeds, into one CSV.")
     parser.add_argument("--out", default="out_compare", metavar="FOLDER",
                         help="of compare.csv and the runs (default %(default)s)")
-    parser.add_argument("--base", metavar="FILE", help="a real model, and the table REAL; default: the small one, and NANO")
+    parser.add_argument("--base", metavar="FILE", help="a real model; without: the small one, and its table")
     parser.add_argument("--data", metavar="FILE", help="training examples of the new task")
-    parser.add_argument("--eval", metavar="FILE", action="append", default=[], help="repeatable: the new task, then the old ones")
+    parser.add_argument("--eval", metavar="FILE", action="append", default=[],
+                        help="repeatable: the new task, then the old ones")
     parser.add_argument("--methods", help="which, separated by commas; default: all of the table")
     parser.add_argument("--seeds", default="1,2,3", help="which (default: %(default)s)")
-    parser.add_argument("--budget", default="last", choices=("last", "total"), help="what is equal (default %(default)s)")
+    parser.add_argument("--budget", default="last", choices=("last", "total"),
+                        help="what is equal (default %(default)s)")
     parser.add_argument("--share", type=float, default=1, help="of the examples of every pass (default 1)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default %(default)s)")
     args = parser.parse_args()
     args.table = REAL if args.base else NANO
     args.methods = args.methods.split(",") if args.methods else list(args.table.methods)
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
-    args.files = [word for name in ("base", "data") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
-    args.files += [word for path in args.eval for word in ("--eval", path)]
+    files = [("--base", args.base), ("--data", args.data), *(("--eval", path) for path in args.eval)]
+    args.files = [word for option, path in files if path for word in (option, path)]
+    config, _, _ = read_base(args.base or "dev/nano/base.bin")
+    args.weights, args.entries = count(tensor_shapes(config)), count(adapted_shapes(config))
     args.commit, args.processor = commit(), processor()
     unknown = [method for method in args.methods if method not in args.table.methods]
     if unknown:
