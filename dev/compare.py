@@ -5,16 +5,16 @@ RIGSA and the methods it is compared with: every method at several learning rate
     python dev/compare.py --out out_compare --methods rigsa,lora --seeds 1      a part of it
     python dev/compare.py --out out_short --share 0.1                        passes of a tenth of the length
     python dev/compare.py --base smollm2.bin --data data_smollm2/mnist_7_train.bin \\
-        --eval data_smollm2/mnist_7_heldout.bin --eval data_smollm2/own.bin --out out_real       the real model's
+        --eval data_smollm2/mnist_7_heldout.bin --eval data_smollm2/own.bin --out out_real   the real model's
 
 One thread per run and --jobs of them at a time: the results are the same bits as with more threads. A run
 that is in the CSV is not made again, one that was stopped goes on from its last save.
 
 What is compared on a base is a Table below: NANO, and REAL where --base is given. Every method gets `last`
 examples in its last pass. RIGSA and LT-SFT look at others before that, in RIGSA's rounds and in LT-SFT's
-first pass, ROUNDS * `round` together; with --budget total the methods that have only one pass get these examples as
-well: once a comparison at equal last pass, once at equal total, `both` for those two. All but full, dense and
-LoRA of a given rank train about as many values as RIGSA's ticket has entries (`density`).
+first pass, ROUNDS * `round` together; with --budget total the methods that have only one pass get these
+examples as well: once a comparison at equal last pass, once at equal total, `both` for those two. All but
+full, dense and LoRA of a given rank train about as many values as RIGSA's ticket has entries (`density`).
 
 compare.csv has a row for the base and one for every pass of a run, written when the run has ended. Columns:
 
