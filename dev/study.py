@@ -39,6 +39,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 NANO = os.path.join(HERE, "nano")
 sys.path[:0] = [HERE, NANO]
+import command  # noqa: E402
 import make_nano  # noqa: E402
 from rigsa_file import (adapted_shapes, data_sections, read_base, read_examples, read_file,  # noqa: E402
                         write_file)
@@ -139,7 +140,7 @@ def methods(**more):
             passes=1, **more),
         Arm("LoRA", ("--method", "lora", "--density", DENSITY), (0.001, 0.003, 0.01), **more),
         Arm("LoRA, rank 16", ("--method", "lora", "--rank", 16), (0.0003, 0.001, 0.003), **more),
-        Arm("full", ("--method", "full", "--weight-decay", 0), (3e-5, 1e-4, 3e-4), LAST, passes=1, **more),
+        Arm("full", ("--method", "full", "--weight-decay", 0), (3e-5, 1e-4, 3e-4), **more),
     ]
 
 
@@ -311,12 +312,12 @@ LOCKS = defaultdict(Lock)  # of a path: two runs at a time may want the same fil
 
 
 def run_command(command):
-    """Standard output of a command; RuntimeError, with its last line of complaint, where it fails."""
+    """Standard output of a command; ChildProcessError, with its last line of complaint, where it fails."""
     words = [str(part) for part in command]
     result = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
                             cwd=ROOT)
     if result.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {(result.stderr.strip() or 'failed').splitlines()[-1]}")
+        raise ChildProcessError(f"{' '.join(words)}: {(result.stderr.strip() or 'failed').splitlines()[-1]}")
     return result.stdout
 
 
@@ -525,12 +526,13 @@ def parse(argv=None):
     args.questions = args.questions.split(",")
     unknown = [name for name in args.questions if name not in QUESTIONS]
     if unknown:
-        sys.exit(f"study.py: no question `{unknown[0]}`; there are {', '.join(QUESTIONS)}")
+        raise ValueError(f"no question `{unknown[0]}`; there are {', '.join(QUESTIONS)}")
     args.seeds = list(range(2, 2 + args.seeds))
     args.out = os.path.abspath(args.out)
     return args
 
 
+@command.line
 def main():
     args = parse()
     study = Study(args)
@@ -541,15 +543,15 @@ def main():
                 print(f"{question:9} {arm.name:44} lr {rates}: {' '.join(map(str, arm.options))}")
         return
     if not os.access(os.path.join(ROOT, "train_baselines"), os.X_OK):
-        sys.exit("study.py: no ./train_baselines; make train_baselines")
+        raise ValueError("no ./train_baselines; make train_baselines")
     os.makedirs(args.out, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             for question in args.questions:
                 study.ask(pool, question)
-        except (RuntimeError, KeyboardInterrupt) as error:
+        except BaseException:
             pool.shutdown(cancel_futures=True)
-            sys.exit(f"study.py: {error or 'interrupted: the same command goes on'}")
+            raise
 
 
 if __name__ == "__main__":

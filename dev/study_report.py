@@ -15,8 +15,8 @@ import argparse
 import csv
 import os
 import re
-import sys
 
+import command
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -197,6 +197,7 @@ def report(csv_path, page_path):
         file.write(page)
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="The study's tables and plots.")
     parser.add_argument("csv", help="of dev/study.py")
@@ -204,10 +205,7 @@ def main():
     args = parser.parse_args()
     matplotlib.rcParams["svg.fonttype"] = "none"  # letters stay letters: small files
     matplotlib.rcParams["svg.hashsalt"] = "study"
-    try:
-        report(args.csv, args.page)
-    except (OSError, ValueError) as error:
-        sys.exit(f"study_report.py: {error}")
+    report(args.csv, args.page)
 
 
 if __name__ == "__main__":
