@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// bench.h: what the benchmarks share: the limits of this machine, how a time is taken, the models, and test_rigsa.c with
-// all of train_rigsa.c in it, whose tests say that what is about to be timed is right.
+// bench.h: what the benchmarks share: the limits of this machine, how a time is taken, the models, and
+// test_rigsa.c with all of train_rigsa.c in it, whose tests say that what is about to be timed is right.
 
 #define main test_main
 #include "../test_rigsa.c"
@@ -10,20 +10,22 @@
 static const int PRECISIONS = 2;
 static const char *const PRECISION[] = { "fp32", "bf16" };
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Models
 
-static const struct { const char *name; Config config; size_t rows; } MODELS[] = {     // rows: of the products that are timed
+// rows: of the products that are timed
+static const struct { const char *name; Config config; size_t rows; } MODELS[] = {
     { "nano", { .C = 96, .F = 224, .L = 3, .H = 4, .KV = 2, .D = 24, .V = 48, .context = 256, .tied = 1,
                 .theta = 1e4f, .eps = 1e-5f }, 1024 },
-    { "135M", { .C = 576, .F = 1536, .L = 30, .H = 9, .KV = 3, .D = 64, .V = 49152, .context = 8192, .tied = 1,
-                .theta = 1e5f, .eps = 1e-5f }, 1664 },
-    { "360M", { .C = 960, .F = 2560, .L = 32, .H = 15, .KV = 5, .D = 64, .V = 49152, .context = 8192, .tied = 1,
-                .theta = 1e5f, .eps = 1e-5f }, 1664 },
-    { "1.7B", { .C = 2048, .F = 8192, .L = 24, .H = 32, .KV = 32, .D = 64, .V = 49152, .context = 8192, .tied = 1,
-                .theta = 1.3e5f, .eps = 1e-5f }, 832 } };
+    { "135M", { .C = 576, .F = 1536, .L = 30, .H = 9, .KV = 3, .D = 64, .V = 49152, .context = 8192,
+                .tied = 1, .theta = 1e5f, .eps = 1e-5f }, 1664 },
+    { "360M", { .C = 960, .F = 2560, .L = 32, .H = 15, .KV = 5, .D = 64, .V = 49152, .context = 8192,
+                .tied = 1, .theta = 1e5f, .eps = 1e-5f }, 1664 },
+    { "1.7B", { .C = 2048, .F = 8192, .L = 24, .H = 32, .KV = 32, .D = 64, .V = 49152, .context = 8192,
+                .tied = 1, .theta = 1.3e5f, .eps = 1e-5f }, 832 } };
 
-// The adapter of RIGSA in which each entry survives with probability `density`, at random; its dense form never exists.
+// The adapter of RIGSA in which each entry survives with probability `density`, at random; its dense form
+// never exists.
 static void random_adapter(Model *model, double density)
 {
     size_t count = matrices(model), n = 0;
@@ -53,7 +55,7 @@ static void random_adapter(Model *model, double density)
     model->adapter = RIGSA;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Correct first, then fast
 
 // Runs these topics of test_rigsa.c; what fails a test is not timed.
@@ -71,7 +73,7 @@ static void check_topics(const char *const *names, size_t count)
     if (failed) die("%d of the tests failed: nothing is timed", failed);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Times
 
 typedef struct {
@@ -89,9 +91,10 @@ static int by_size(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-// Times up to two jobs alternately, in ROUNDS rounds of ROUND_SECONDS or one call each; less only of calls that take seconds. Before a
-// job's turn all threads of the other one get the time to fall asleep (OpenBLAS's spin for 26 ms), and its own to find cores of their
-// own: a thread that wakes up may share one with another for 30 ms.
+// Times up to two jobs alternately, in ROUNDS rounds of ROUND_SECONDS or one call each; less only of calls
+// that take seconds. Before a job's turn all threads of the other one get the time to fall asleep (OpenBLAS's
+// spin for 26 ms), and its own to find cores of their own: a thread that wakes up may share one with another
+// for 30 ms.
 static void measure(Timing *timing, size_t count)
 {
     static double taken[2][ROUNDS * MOST_CALLS];
@@ -120,12 +123,16 @@ static void measure(Timing *timing, size_t count)
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Limits: what this machine can do at best, on `threads` threads
 
-typedef struct { double flops[2], read, copy, update; } Limits;     // operations/s by Precision; bytes/s, of both directions
+typedef struct {
+    double flops[2];                    // operations/s by Precision
+    double read, copy, update;          // bytes/s, of both directions
+} Limits;
 
-// Registers of multiply-adds that do not wait for each other: enough to hide the latency (4 or 5 cycles, 2 a cycle).
+// Registers of multiply-adds that do not wait for each other: enough to hide the latency (4 or 5 cycles, 2 a
+// cycle).
 enum { CHAINS = 12, LINKS = 20000 };
 static volatile float factor = 0.999f, addend = 0.001f, sink;
 
@@ -182,7 +189,8 @@ static void copy_loop(const void *job)
 {
     float *x = (float *)job;
     #pragma omp parallel for
-    for (size_t p = 0; p < PARTS; p++) memcpy(x + STREAM + STREAM / PARTS * p, x + STREAM / PARTS * p, STREAM / PARTS * 4);
+    for (size_t p = 0; p < PARTS; p++)
+        memcpy(x + STREAM + STREAM / PARTS * p, x + STREAM / PARTS * p, STREAM / PARTS * 4);
 }
 
 static void update_loop(const void *job)
@@ -210,16 +218,19 @@ static Limits measure_limits(int threads)
     limits.flops[1] = 2 * operations / least_seconds(bf16_loop, NULL);
 #endif
 #ifdef AMX_OF_BF16
-    if (amx_begin()) limits.flops[1] = 4.0 * AMX_ROWS * NR * AMX_LANES * AMX_CALLS * threads / least_seconds(amx_loop, NULL);
+    if (amx_begin())
+        limits.flops[1] = 4.0 * AMX_ROWS * NR * AMX_LANES * AMX_CALLS * threads
+                          / least_seconds(amx_loop, NULL);
 #endif
     float *x = floats(2 * (size_t)STREAM);
     limits.read = bytes / least_seconds(read_loop, x);
     limits.copy = 2 * bytes / least_seconds(copy_loop, x);
     limits.update = 2 * bytes / least_seconds(update_loop, x);
     free(x);
-    printf("%d thread%s at best: fp32 %.1f GFLOP/s, bf16 %.1f", threads, threads > 1 ? "s" : "", 1e-9 * limits.flops[0],
-           1e-9 * limits.flops[1]);
-    printf("; memory: read %.1f GB/s, copy %.1f, update in place %.1f\n", 1e-9 * limits.read, 1e-9 * limits.copy,
-           1e-9 * limits.update);
+    printf("%d thread%s at best: fp32 %.1f GFLOP/s, bf16 %.1f%s", threads, threads > 1 ? "s" : "",
+           1e-9 * limits.flops[0], 1e-9 * limits.flops[1],
+           limits.flops[1] == limits.flops[0] ? " (no instruction for it: rounded, multiplied in fp32)" : "");
+    printf("; memory: read %.1f GB/s, copy %.1f, update in place %.1f\n", 1e-9 * limits.read,
+           1e-9 * limits.copy, 1e-9 * limits.update);
     return limits;
 }

@@ -3,11 +3,12 @@
 // bench_kernels.c: how close does each kernel of train_rigsa.c come to what this machine can do at best?
 //
 //     make bench                                   this and a profile of whole steps
-//     dev/bench_kernels [gemm] [sampled] [attention] [rest]      only these, on 1 and on OMP_NUM_THREADS threads
-//     BLAS=libopenblas.so.0 dev/bench_kernels gemm      also OpenBLAS, from this library (found by itself if installed)
+//     dev/bench_kernels [gemm] [sampled] [attention] [rest]      only these, on 1 and OMP_NUM_THREADS threads
+//     BLAS=libopenblas.so.0 dev/bench_kernels gemm               also OpenBLAS, from this library (found by
+//                                                                itself if installed)
 //
-// A limit is the best that was seen; a kernel's time is the median over at least 0.2 s, alternately where two are compared. Operands
-// are warm: what fits into the caches is in the caches.
+// A limit is the best that was seen; a kernel's time is the median over at least 0.2 s, alternately where two
+// are compared. Operands are warm: what fits into the caches is in the caches.
 
 #include "bench.h"
 #include <dlfcn.h>
@@ -22,15 +23,16 @@ static float *random_floats(size_t n)
     return x;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // OpenBLAS, if it is there
 
-typedef void Sgemm(int order, int a_trans, int b_trans, int M, int N, int K, float alpha, const float *a, int a_next,
-                   const float *b, int b_next, float beta, float *c, int c_next);
+typedef void Sgemm(int order, int a_trans, int b_trans, int M, int N, int K, float alpha, const float *a,
+                   int a_next, const float *b, int b_next, float beta, float *c, int c_next);
 static Sgemm *blas_sgemm;
 static void (*blas_threads)(int);
 
-// The library that $BLAS names, or the installed one. Python's packages bring one whose names begin with scipy_.
+// The library that $BLAS names, or the installed one. Python's packages bring one whose names begin with
+// scipy_.
 static void find_blas(void)
 {
     const char *name = getenv("BLAS") ? getenv("BLAS") : "libopenblas.so.0";
@@ -46,7 +48,7 @@ static void find_blas(void)
     printf("OpenBLAS: %s\n", blas_sgemm ? name : "not found");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The three products of a linear layer
 
 typedef struct {
@@ -70,8 +72,10 @@ static void run_blas(const void *job)
                p->b.at, (int)(p->b.col == 1 ? p->b.row : p->b.col), 0, p->c, (int)p->ldc);
 }
 
-// Prints GFLOP/s, the share of the peak and how many times OpenBLAS's speed, for three products that took these seconds.
-static void print_products(const char *name, double work, const double here[3], const double blas[3], double peak)
+// Prints GFLOP/s, the share of the peak and how many times OpenBLAS's speed, for three products that took
+// these seconds.
+static void print_products(const char *name, double work, const double here[3], const double blas[3],
+                           double peak)
 {
     printf("  %-26s", name);
     for (int p = 0; p < 3; p++) {
@@ -84,16 +88,18 @@ static void print_products(const char *name, double work, const double here[3], 
 static void gemm_model(const char *model, const Config *c, size_t N, Precision of)
 {
     const size_t C = c->C, F = c->F, HD = (size_t)c->H * c->D, KVD = (size_t)c->KV * c->D;
-    const size_t shape[ADAPTED][2] = { { HD, C }, { KVD, C }, { KVD, C }, { C, HD }, { F, C }, { F, C }, { C, F } };   // (O, I)
-    double work = 0, here[3] = { 0 }, blas[3] = { 0 };                                     // of the whole layer
-    printf("\n%-5s %s, %4zu rows          y = x W^T%s        dx = dy W%s       dW = dy^T x\n", model, PRECISION[of], N,
-           blas_sgemm ? "      " : "", blas_sgemm ? "      " : "");
+    const size_t shape[ADAPTED][2] = { { HD, C }, { KVD, C }, { KVD, C }, { C, HD },
+                                       { F, C }, { F, C }, { C, F } };      // (O, I)
+    static const char *const KIND[ADAPTED] = { "q", "k", "v", "o", "gate", "up", "down" };
+    double work = 0, here[3] = { 0 }, blas[3] = { 0 };                      // of the whole layer
+    printf("\n%-5s %s, %4zu rows          y = x W^T%s        dx = dy W%s       dW = dy^T x\n", model,
+           PRECISION[of], N, blas_sgemm ? "      " : "", blas_sgemm ? "      " : "");
     for (int k = 0; k < ADAPTED; k++) {
         char name[64] = "";
         size_t O = shape[k][0], I = shape[k][1], same = 0;
         for (int other = 0; other < ADAPTED; other++) {
             if (shape[other][0] != O || shape[other][1] != I) continue;
-            if (other < k) { same = 0; break; }                                            // this shape has been timed
+            if (other < k) { same = 0; break; }                             // this shape has been timed
             snprintf(name + strlen(name), sizeof name - strlen(name), "%s ", KIND[other]);
             same++;
         }
@@ -105,7 +111,8 @@ static void gemm_model(const char *model, const Config *c, size_t N, Precision o
                                      { dw, turned(dy, O), view(x, I), I, O, I, N } };
         double one[2][3], operations = 2.0 * (double)(N * O * I);
         for (int p = 0; p < 3; p++) {
-            Timing t[2] = { { .run = run_matmul, .job = &product[p] }, { .run = run_blas, .job = &product[p] } };
+            Timing t[2] = { { .run = run_matmul, .job = &product[p] },
+                            { .run = run_blas, .job = &product[p] } };
             measure(t, blas_sgemm ? 2 : 1);
             one[0][p] = t[0].median, one[1][p] = t[1].median;
             here[p] += (double)same * one[0][p], blas[p] += (double)same * one[1][p];
@@ -124,12 +131,13 @@ static void bench_gemm(void)
     printf("\nProducts: GFLOP/s, share of the peak%s\n", blas_sgemm ? ", times OpenBLAS's speed" : "");
     for (int p = FP32; p < PRECISIONS; p++) {
         precision = (Precision)p;
-        for (size_t m = 0; m < COUNT_OF(MODELS); m++) gemm_model(MODELS[m].name, &MODELS[m].config, MODELS[m].rows, precision);
+        for (size_t m = 0; m < COUNT_OF(MODELS); m++)
+            gemm_model(MODELS[m].name, &MODELS[m].config, MODELS[m].rows, precision);
     }
     precision = FP32;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The gradient of a sparse adapter: only the surviving entries of dy^T x
 
 typedef struct { float *dw, *x_t; const float *x, *dy; const uint32_t *index; size_t n, O, I, N; } Sampled;
@@ -146,7 +154,8 @@ static void bench_sampled(void)
     check_topics((const char *[]){ "RIGSA's weight and gradient" }, 1);
     for (int p = FP32; p < PRECISIONS; p++) {
         precision = (Precision)p;
-        printf("\nSampled dW, %s: GFLOP/s on its own operations, times the dense product's speed; sampled below %.2f\n%-24s dense",
+        printf("\nSampled dW, %s: GFLOP/s on its own operations, times the dense product's speed; "
+               "sampled below %.2f\n%-24s dense",
                PRECISION[precision], sampled_below(), "");
         for (size_t d = 0; d < COUNT_OF(DENSITY); d++) printf("%14g", DENSITY[d]);
         printf("\n");
@@ -162,7 +171,9 @@ static void bench_sampled(void)
                     if ((double)(mix(i) >> 11) * 0x1p-53 < DENSITY[d]) index[s.n++] = (uint32_t)i;
                 Timing t[2] = { { .run = run_matmul, .job = &product }, { .run = run_sampled, .job = &s } };
                 measure(t, 2);
-                if (d == 0) printf("  %s %4zu x %4zu %12.1f", MODELS[m].name, O, I, 2e-9 * (double)(size * N) / t[0].median);
+                if (d == 0)
+                    printf("  %s %4zu x %4zu %12.1f", MODELS[m].name, O, I,
+                           2e-9 * (double)(size * N) / t[0].median);
                 printf(" %6.1f x%5.2f", 2e-9 * (double)(s.n * N) / t[1].median, t[0].median / t[1].median);
                 fflush(stdout);
             }
@@ -173,7 +184,7 @@ static void bench_sampled(void)
     precision = FP32;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Attention
 
 typedef struct {
@@ -208,30 +219,36 @@ static void bench_attention(void)
 {
     size_t H = SHAPE->H, KV = SHAPE->KV, D = SHAPE->D;
     check_topics((const char *[]){ "attention" }, 1);
-    printf("\nAttention of 135M, one sequence: GFLOP/s and share of the peak, on the operations that the causal mask leaves\n"
+    printf("\nAttention of 135M, one sequence: GFLOP/s and share of the peak, "
+           "on the operations that the causal mask leaves\n"
            "     T          forward         backward\n");
     for (size_t T = 128; T <= 8192; T = T == 512 ? 832 : T == 832 ? 1024 : 2 * T) {
-        OneSequence a = { floats(T * H * D), floats(T * H), floats(T * H * D), floats(T * KV * D), floats(T * KV * D),
-                        floats((size_t)omp_get_max_threads() * block_floats(H / KV, T, D)), random_floats(T * H * D),
-                        random_floats(T * KV * D), random_floats(T * KV * D), random_floats(T * H * D),
-                        { T, NULL, integers(2), integers(T) }, T };
+        OneSequence a = { floats(T * H * D), floats(T * H), floats(T * H * D), floats(T * KV * D),
+                          floats(T * KV * D),
+                          floats((size_t)omp_get_max_threads() * block_floats(H / KV, T, D)),
+                          random_floats(T * H * D), random_floats(T * KV * D), random_floats(T * KV * D),
+                          random_floats(T * H * D), { T, NULL, integers(2), integers(T) }, T };
         for (size_t t = 0; t < T; t++) a.rows.position[t] = (uint32_t)t;
         a.rows.start[1] = (uint32_t)T;
         Timing forward = { run_attention_forward, &a, 0, 0 }, backward = { run_attention_backward, &a, 0, 0 };
         measure(&forward, 1);
         measure(&backward, 1);
-        double product = (double)(H * D * T * (T + 1)), done[2] = { 2 * product / forward.median, 5 * product / backward.median };
+        double product = (double)(H * D * T * (T + 1));
+        double done[2] = { 2 * product / forward.median, 5 * product / backward.median };
         printf("%6zu", T);
-        for (int i = 0; i < 2; i++) printf("   %7.1f %3.0f %%", 1e-9 * done[i], 100 * done[i] / limits.flops[FP32]);
+        for (int i = 0; i < 2; i++)
+            printf("   %7.1f %3.0f %%", 1e-9 * done[i], 100 * done[i] / limits.flops[FP32]);
         printf("\n");
-        float *all[] = { a.out, a.lse, a.dq, a.dk, a.dv, a.blocks, (float *)a.q, (float *)a.k, (float *)a.v, (float *)a.dout };
+        float *all[] = { a.out, a.lse, a.dq, a.dk, a.dv, a.blocks, (float *)a.q, (float *)a.k, (float *)a.v,
+                         (float *)a.dout };
         for (size_t i = 0; i < COUNT_OF(all); i++) free(all[i]);
         free(a.rows.start), free(a.rows.position);
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Everything that is limited by memory: rows of a layer of 135M at 1664 rows, a matrix of it, and 16 M parameters for AdamW
+// -----------------------------------------------------------------------------------------------------------
+// Everything that is limited by memory: rows of a layer of 135M at 1664 rows, a matrix of it, and
+// 16 M parameters for AdamW
 
 enum { ADAM_N = 1 << 24 };
 static struct {
@@ -313,7 +330,8 @@ static void bench_rest(void)
         { "swiglu backward", run_swiglu_backward, NULL, 20.0 * (double)(N * F) },
         { "W of gate, dense", run_weight, on_rows.dense, 12.0 * (double)(F * C) },
         { "W of gate, 3.46 %", run_weight, on_rows.sparse, (8 + 8 * density) * (double)(F * C) } };
-    printf("\nThe rest, 135M at %zu rows: GB/s, share of an update in place (more than 100 %%: it was in the caches), time\n", N);
+    printf("\nThe rest, 135M at %zu rows: GB/s, share of an update in place "
+           "(more than 100 %%: it was in the caches), time\n", N);
     for (size_t k = 0; k < COUNT_OF(kernels); k++) {
         Timing t = { kernels[k].run, kernels[k].job, 0, 0 };
         measure(&t, 1);
@@ -326,7 +344,8 @@ static void bench_rest(void)
 int main(int argc, char **argv)
 {
     static const struct { const char *name; void (*run)(void); } sections[] = {
-        { "gemm", bench_gemm }, { "sampled", bench_sampled }, { "attention", bench_attention }, { "rest", bench_rest } };
+        { "gemm", bench_gemm }, { "sampled", bench_sampled }, { "attention", bench_attention },
+        { "rest", bench_rest } };
     begin_program(argv);
     int threads = omp_get_max_threads();
     for (int i = 1; i < argc; i++) {

@@ -2,26 +2,29 @@
 //
 // bench_step.c: how long does a whole training step take, and where does the time go?
 //
-//     dev/bench_step                               SmolLM2-135M, 2 x 832 tokens, dense: a profile by parts
+//     dev/bench_step                        SmolLM2-135M, 2 x 832 tokens, dense: a profile by parts
 //     dev/bench_step --model 360M --density 0.0346
-//     dev/bench_step --steps 0                     for other programs: prints the config, in the order of the file (doc/model.md);
-//                                                  then one step for each line of input, and one line for each step: seconds,
-//                                                  the most bytes that were resident so far, the loss
+//     dev/bench_step --steps 0              for other programs: prints the config, in the order of the file
+//                                           (doc/model.md); then one step for each line of input, and one
+//                                           line for each step: seconds, the most bytes that were resident
+//                                           so far, the loss
 //
-// The model is random and lives in memory; the loss is on the last token of each sequence. train_rigsa.c has no timers and needs
-// none: here its own calls go through the macros below.
+// The model is random and lives in memory; the loss is on the last token of each sequence. train_rigsa.c has
+// no timers and needs none: here its own calls go through the macros below.
 
 // The part of a step that a function's own time counts for. What it calls may count for another part.
 enum part {
-    IN_Y, IN_DX, IN_DW, IN_HEAD, IN_ATTENTION, IN_WEIGHT, IN_GRADIENT, IN_SMALL, IN_UPDATE, IN_REST, STEP_PARTS,
+    IN_Y, IN_DX, IN_DW, IN_HEAD, IN_ATTENTION, IN_WEIGHT, IN_GRADIENT, IN_SMALL, IN_UPDATE, IN_REST,
+    STEP_PARTS,
     IN_PRODUCT          // counts for the part that asked for it, but the gradient's counts as IN_DW
 };
 static void enter(enum part part);
 static void leave(double work);
 static double seen_keys(const void *attention);
 
-// A macro cannot tell the definition matmul(float *c, ...) from the call matmul(y, ...), but their first word can: with TYPE_
-// before it the name of a type is a comma, which pushes DEFINITION to the third place. Calls go between enter and leave.
+// A macro cannot tell the definition matmul(float *c, ...) from the call matmul(y, ...), but their first word
+// can: with TYPE_ before it the name of a type is a comma, which pushes DEFINITION to the third place. Calls
+// go between enter and leave.
 #define TYPE_float ,
 #define TYPE_Model ,
 #define FIRST_WORD(first, ...) TYPE_##first
@@ -29,7 +32,8 @@ static double seen_keys(const void *attention);
 #define SELECT(...) THIRD(__VA_ARGS__)
 #define DEFINITION(part, work, name, ...) name(__VA_ARGS__)
 #define CALL(part, work, name, ...) ({ enter(part); name(__VA_ARGS__); leave(work); })
-#define TIMED(part, work, name, ...) SELECT(FIRST_WORD(__VA_ARGS__), DEFINITION, CALL, )(part, work, name, __VA_ARGS__)
+#define TIMED(part, work, name, ...) \
+    SELECT(FIRST_WORD(__VA_ARGS__), DEFINITION, CALL, )(part, work, name, __VA_ARGS__)
 
 // Work: the operations of products, the bytes that everything else moves.
 #define PRODUCT_WORK(c, ldc, a, b, M, N, K, add) 2.0 * (double)((M) * (N) * (K))
@@ -48,8 +52,10 @@ static double seen_keys(const void *attention);
 #define sampled_product(...) TIMED(IN_PRODUCT, SAMPLED_WORK(__VA_ARGS__), sampled_product, __VA_ARGS__)
 #define linear_forward(...) TIMED(IN_Y, FORWARD_WORK(__VA_ARGS__), linear_forward, __VA_ARGS__)
 #define linear_backward(...) TIMED(IN_DX, BACKWARD_WORK(__VA_ARGS__), linear_backward, __VA_ARGS__)
-#define attention_forward(...) TIMED(IN_ATTENTION, ATTENTION_WORK(__VA_ARGS__), attention_forward, __VA_ARGS__)
-#define attention_backward(...) TIMED(IN_ATTENTION, ATTENTION_BACKWARD_WORK(__VA_ARGS__), attention_backward, __VA_ARGS__)
+#define attention_forward(...) \
+    TIMED(IN_ATTENTION, ATTENTION_WORK(__VA_ARGS__), attention_forward, __VA_ARGS__)
+#define attention_backward(...) \
+    TIMED(IN_ATTENTION, ATTENTION_BACKWARD_WORK(__VA_ARGS__), attention_backward, __VA_ARGS__)
 #define rmsnorm_forward(...) TIMED(IN_SMALL, NORM_WORK(__VA_ARGS__), rmsnorm_forward, __VA_ARGS__)
 #define rmsnorm_backward(...) TIMED(IN_SMALL, NORM_BACKWARD_WORK(__VA_ARGS__), rmsnorm_backward, __VA_ARGS__)
 #define rope(...) TIMED(IN_SMALL, ROPE_WORK(__VA_ARGS__), rope, __VA_ARGS__)
@@ -58,7 +64,7 @@ static double seen_keys(const void *attention);
 
 #include "bench.h"
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // The clock
 
 static double part_seconds[STEP_PARTS], part_work[STEP_PARTS], since;
@@ -113,10 +119,10 @@ static void timed_gradient(Model *model, Tensor *t, const float *x, const float 
     leave(16.0 * (double)delta_tensor(model, (size_t)t->adapter)->n);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Steps
 
-static struct { int model, precision; double tokens, sequences, density, steps; } want;
+static struct { int model, precision; size_t tokens, sequences, steps; double density; } want;
 
 static const Option options[] = {
     { "model", CHOICE, &want.model, "nano|135M|360M|1.7B", "135M", "of this shape" },
@@ -124,14 +130,16 @@ static const Option options[] = {
     { "tokens", COUNT, &want.tokens, "2 to 1e6", "832", "of a sequence" },
     { "sequences", COUNT, &want.sequences, "1 to 1e6", "2", "of a step" },
     { "density", REAL, &want.density, "0 to 1", "1", "of a random mask; 1: dense" },
-    { "steps", COUNT, &want.steps, "0 to 1e6", "3", "that are timed, after one that warms up; 0: one for each line of input" } };
+    { "steps", COUNT, &want.steps, "0 to 1e6", "3",
+      "that are timed, after one that warms up; 0: one for each line of input" } };
 
 static void read_options(int argc, char **argv)
 {
     for (size_t i = 0; i < COUNT_OF(options); i++) option_set(&options[i], strdup(options[i].start), 0);
     for (int i = 1; i < argc; i += 2) {
         size_t o = 0;
-        while (o < COUNT_OF(options) && (strncmp(argv[i], "--", 2) || strcmp(options[o].name, argv[i] + 2))) o++;
+        while (o < COUNT_OF(options) && (strncmp(argv[i], "--", 2) || strcmp(options[o].name, argv[i] + 2)))
+            o++;
         if (o < COUNT_OF(options) && i + 1 < argc) { option_set(&options[o], argv[i + 1], 0); continue; }
         printf("Times a training step of a random model.\n\n");
         for (const Option *p = options; p < options + COUNT_OF(options); p++)
@@ -180,9 +188,10 @@ static void print_profile(double step, size_t steps, const Limits *limits)
 {
     static const struct { const char *name; int product; } row[STEP_PARTS] = {
         [IN_Y] = { "y = x W^T", 1 }, [IN_DX] = { "dx = dy W", 1 }, [IN_DW] = { "dW = dy^T x", 1 },
-        [IN_HEAD] = { "head and loss", 1 }, [IN_ATTENTION] = { "attention", 1 }, [IN_WEIGHT] = { "forming W", 0 },
-        [IN_GRADIENT] = { "dW into the gradient", 0 }, [IN_SMALL] = { "norms, rope, swiglu", 0 },
-        [IN_UPDATE] = { "AdamW, norm, zeroing", 0 }, [IN_REST] = { "copies and the rest", 0 } };
+        [IN_HEAD] = { "head and loss", 1 }, [IN_ATTENTION] = { "attention", 1 },
+        [IN_WEIGHT] = { "forming W", 0 }, [IN_GRADIENT] = { "dW into the gradient", 0 },
+        [IN_SMALL] = { "norms, rope, swiglu", 0 }, [IN_UPDATE] = { "AdamW, norm, zeroing", 0 },
+        [IN_REST] = { "copies and the rest", 0 } };
     double operations = 0, peak = limits->flops[want.precision];
     printf("\n%-22s        ms   share       speed   of the limit\n", "");
     for (int p = 0; p < STEP_PARTS; p++) {
@@ -194,8 +203,9 @@ static void print_profile(double step, size_t steps, const Limits *limits)
                    100 * speed / (row[p].product ? peak : limits->update));
         printf("\n");
     }
-    printf("%-22s %9.2f           %6.1f GFLOP/s %3.0f %%: %.2f ms with all products at the peak and nothing else\n", "a step",
-           1e3 * step, 1e-9 * operations / step, 100 * operations / step / peak, 1e3 * operations / peak);
+    printf("%-22s %9.2f           %6.1f GFLOP/s %3.0f %%: %.2f ms with all products at the peak "
+           "and nothing else\n", "a step", 1e3 * step, 1e-9 * operations / step,
+           100 * operations / step / peak, 1e3 * operations / peak);
 }
 
 int main(int argc, char **argv)
@@ -203,7 +213,7 @@ int main(int argc, char **argv)
     begin_program(argv);
     read_options(argc, argv);
     check_topics((const char *[]){ "the whole loss, along random directions" }, 1);
-    size_t S = (size_t)want.sequences, steps = (size_t)want.steps, t = 1;
+    size_t S = want.sequences, steps = want.steps, t = 1;
     uint32_t T = (uint32_t)want.tokens;
     Shape *shape = allocate(S, sizeof(Shape));
     for (size_t s = 0; s < S; s++) shape[s] = (Shape){ T, T - 1 };
@@ -213,7 +223,8 @@ int main(int argc, char **argv)
     if (precision == BF16) halve_base(model);
     model->init.sigma = 0.06f;
     random_adapter(model, want.density);
-    for (size_t a = 0; a < matrices(model); a++) delta_tensor(model, a)->lr = 0.003f, delta_tensor(model, a)->decay = 1;
+    for (size_t a = 0; a < matrices(model); a++)
+        delta_tensor(model, a)->lr = 0.003f, delta_tensor(model, a)->decay = 1;
     gates_tensor(model)->lr = 0.007f;
     model->adapter = (Adapter){ timed_weight, timed_gradient };
 
@@ -221,8 +232,8 @@ int main(int argc, char **argv)
     if (steps == 0) {
         char line[256];
         const Config *c = &model->config;
-        printf("%u %u %u %u %u %u %u %u %u %u %.9g %.9g\n", c->C, c->F, c->L, c->H, c->KV, c->D, c->V, c->context, c->tied,
-               c->dtype, c->theta, c->eps);
+        printf("%u %u %u %u %u %u %u %u %u %u %.9g %.9g\n", c->C, c->F, c->L, c->H, c->KV, c->D, c->V,
+               c->context, c->tied, c->dtype, c->theta, c->eps);
         while (fgets(line, sizeof line, stdin)) {
             double s = one_step(run, t++);
             printf("%.4f %.0f %.4f\n", s, peak_memory(), loss);
@@ -236,7 +247,8 @@ int main(int argc, char **argv)
     qsort(took, steps, sizeof(double), by_size);
     double memory = peak_memory();
     printf("%s, %zu x %u tokens, density %g, %s: %.3f s a step (median of %zu), at most %.2f GB, loss %.4f\n",
-           MODELS[want.model].name, S, T, want.density, PRECISION[want.precision], took[steps / 2], steps, 1e-9 * memory, loss);
+           MODELS[want.model].name, S, T, want.density, PRECISION[want.precision], took[steps / 2], steps,
+           1e-9 * memory, loss);
     Limits limits = measure_limits(omp_get_max_threads());
     print_profile(sum / (double)steps, steps, &limits);
     return 0;
