@@ -301,7 +301,8 @@ def scores_section(run):
         found.append(boxed(draw_density(run), "What each round kept",
                            "Left: the share of DeltaW that a pass trains. Right: what became of them when it "
                            "was pruned."))
-    heads = ["round", "density", "kept", "flipped", *run.sets, "seconds"]
+    names = [f"{column}, nats" if run.is_loss(column) else column for column in run.sets]
+    heads = ["round", "density", "kept", "flipped", *names, "seconds"]
     lines = []
     for row in run.table:
         cells = [row["round"]] + ["" if row[name] == "nan" else f"{float(row[name]):.4f}"

@@ -490,6 +490,7 @@ class Path(WithModel):
         self.assertIn(f"{entries:,} of {total:,} entries are left, {entries / total:.2%}", page)
         self.assertIn(f"<b>{run.scores('harbour')[0][-1]:.3f}</b>", page)
         self.assertIn("ticket: 1.00 nats a token", page)
+        self.assertIn("<th>harbour, nats</th>", page)
         self.assertEqual(page.count("<svg"), page.count("<figure style"))
         self.assertGreaterEqual(page.count("<svg"), 7)
 
