@@ -96,6 +96,10 @@ static void omp_set_num_threads(int threads) { (void)threads; }
 // Part I: what you came for
 // -----------------------------------------------------------------------------------------------------------
 // 1. Nouns
+//
+// What the functions work on. A model is one table of tensors. A batch is rows of tokens. A layer keeps what
+// its backward pass needs. Shapes stand in brackets where a pointer is born: (N, C) is N rows of C floats,
+// one row after the other.
 
 typedef struct {        // the `config` section of a base file (doc/model.md)
     uint32_t C, F, L, H, KV, D, V;
@@ -572,6 +576,13 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
 
 // -----------------------------------------------------------------------------------------------------------
 // 3. Layers
+//
+// Each layer is two functions. Forward computes the output from the input. Backward is given the gradient of
+// the output and makes that of the input, and where there is a weight adds to its gradient. One rule is
+// behind all of them, the chain rule: if y = f(x), then dx_j = sum_i dy_i df_i/dx_j. A value that was used
+// twice gets the sum of both gradients, which is why so much here is added to. What backward needs of forward
+// is kept where it is small (rstd, lse) and computed again where it is large (p, the norms' outputs).
+// Derivations are in doc/backward.md.
 
 // out (N, C) = the rows of from (..., C) that index names: tokens' embeddings, answer rows, keys of a shared
 // prefix.
@@ -900,6 +911,17 @@ static void crossentropy_backward(float *logits, const float *logp, const uint32
 
 // -----------------------------------------------------------------------------------------------------------
 // 4. Transformer
+//
+// SmolLM2 is a Llama. Tokens become rows of the embedding, L layers add to them, the final norm and the head
+// make logits of them. A layer, with Wq to Wd the seven matrices that RIGSA adapts:
+//
+//     x  --+--> rmsnorm --> Wq, Wk, Wv --> rope --> attention --> Wo --(+)--> x2      x2 = x + attention
+//          '------------------------------------------------------------'
+//     x2 --+--> rmsnorm --> Wg, Wu --> silu(gate) up --> Wd -----------(+)--> x       x = x2 + feed-forward
+//          '------------------------------------------------------------'
+//
+// Backward walks through the same picture from right to left. At a (+) the gradient goes both ways unchanged;
+// where a line forks, two gradients meet and are added: dx is that of the line below, dxn of the one above.
 
 // y (N, O) = x (N, I) W^T, or += with `add`.
 static void linear_forward(Model *model, float *y, Tensor *t, const float *x, size_t N, int add)
@@ -1195,6 +1217,11 @@ static float schedule(size_t t, size_t updates, double warmup, double cooldown)
 
 // -----------------------------------------------------------------------------------------------------------
 // 6. Training
+//
+// In an update some examples become a batch, forward gives their loss, backward its gradient, and AdamW takes
+// a step. A pass is updates over the examples in random order. RIGSA is a number of passes, the rounds, each
+// of which ends with pruning and rewinding, and then one without, the ticket's. Only answers count in the
+// loss, because prompts are given.
 
 // Examples, or an evaluation set (doc/model.md), all of it in memory.
 typedef struct {
@@ -1502,6 +1529,11 @@ static Method method = { "ticket", rigsa_prepare, rigsa_start, NULL, rigsa_end_p
 
 // -----------------------------------------------------------------------------------------------------------
 // 7. Scoring
+//
+// What a model knows is asked in three ways: is each token of the answer the one that it finds most likely
+// (exact), which of several answers is likelier than the others (acc, or acc_norm by its characters), and how
+// unlikely is the answer (loss)? All of them need only log-probabilities of tokens that are there, so many
+// examples are scored at once.
 
 // Lays out the examples from `first` on, as many as surely fit into one batch; returns how many. That each
 // shares with the one before it in the file is a lower bound of what a forest shares.
@@ -1938,7 +1970,11 @@ static uint64_t hash64(const void *data, size_t n)
 }
 
 // -----------------------------------------------------------------------------------------------------------
-// 10. Files (layouts in doc/model.md)
+// 10. Files
+//
+// A file is a header and sections, each with a tag, a length and a hash (doc/model.md). Whoever reads one
+// trusts nothing in it: what is used has been checked, and what is wrong ends the program with one line that
+// says how to mend it. A file that is written is whole, or it is not there.
 
 typedef struct { char magic[8]; uint32_t version; char kind[4]; uint64_t length, sections; } FileHeader;
 typedef struct { char tag[16]; uint64_t length, hash; } SectionHeader;
@@ -2213,6 +2249,9 @@ static double mean_length(const Data *data)
 
 // -----------------------------------------------------------------------------------------------------------
 // 11. Memory
+//
+// Arrays lie in a few arenas, which are made before the first update: a run that has begun does not end for
+// lack of memory. The table of tensors says where each one is.
 
 // How many values are stored in the tensors from `first` up to `end`.
 static size_t values_in(const Tensor *first, const Tensor *end)
@@ -2468,6 +2507,9 @@ static Batch batch_alloc(size_t N, size_t M, size_t K)
 
 // -----------------------------------------------------------------------------------------------------------
 // 12. Options
+//
+// A row of the table is all that there is to know of an option. From it come the help, the parser, the text
+// that is printed and goes with a ticket, and what a run that goes on must agree with.
 
 typedef enum { TEXT, LIST, COUNT, REAL, CHOICE, FLAG } OptionType;
 
@@ -2681,6 +2723,9 @@ static char *parse_options(int argc, char **argv)
 
 // -----------------------------------------------------------------------------------------------------------
 // 13. Runs
+//
+// All that surrounds training: progress, tables, the saved state, stopping, the folder, the data, the plan of
+// memory and work, and main.
 
 // Where the run is. Work is counted in tokens times products per matrix: forward has one; training has a
 // second one for dx, and for dW a share of a third.
