@@ -13,7 +13,7 @@
 //                with --init gated: RIGSA's adapter, W0 + alpha * (mask . DeltaW), DeltaW random;
 //                with --start: mask and DeltaW's start are those of a file
 //     ltsft      W0 + mask . DeltaW                   first all of DeltaW, then   the largest |DeltaW| of the
-//                                                     masked ones, from zero      first pass, over all matrices
+//                                                     masked ones, from zero      first pass, of all matrices
 //     rosa       W0 + mask . DeltaW + s B A           A, B, DeltaW                the largest dW^2 after 64
 //                                                                                 updates of A, B, per matrix
 //     dense      W0 + DeltaW                          DeltaW, decaying to W0      full
