@@ -3285,10 +3285,11 @@ static void plan(Run *run)
     size_t sum = micro < min_size(opt.batch, most) ? trained : 0;       // loss_and_gradient
     size_t updates = updates_before(run, run->passes + 1);
     size_t packed = (size_t)omp_get_max_threads() * (PACKED_A + PACKED_B);
+    size_t acts = acts_layout(model, NULL, batch, training);
     const struct { const char *what; size_t floats; } need[] = {
         { "weights", weights - halved }, { "adapter", training && !method.trains_base ? adapter : 0 },
         { "gradients", trained + sum }, { "moments", 2 * trained },
-        { "activations", acts_layout(model, NULL, batch, training) },
+        { "activations", acts },
         { "scratch", largest_matrix(c) + packed },
         { "data", run->held + most + run->data.examples + 2 * updates } };
     double total = 0, there = 1e-6 * (ranks.memory > 0 ? ranks.memory : memory_available());
@@ -3299,9 +3300,15 @@ static void plan(Run *run)
         if (need[i].floats) printf(" %s %.1f,", need[i].what, 4e-6 * (double)need[i].floats);
     printf(" together %.1f MB\n", total);
     if (!isfinite(there)) printf("note: this system does not say how much memory is free\n");
+    if (total > there && !training)
+        die("%.1f MB are needed, %.1f are there (free memory, limit of the cgroup, ulimit -v)", total, there);
+    double fits = total, others = total + 4e-6 * ((double)trained - (double)sum - (double)acts);
+    while (fits > there && micro > 1)
+        fits = others + 4e-6 * (double)acts_layout(model, NULL, largest_batch(run, micro /= 2), training);
     if (total > there)
-        die("%.1f MB are needed, %.1f are there (free memory, limit of the cgroup, ulimit -v)%s",
-            total, there, training ? "; a smaller --micro, --recompute and --precision bf16 save some" : "");
+        die("%.1f MB are needed, %.1f are there (free memory, limit of the cgroup, ulimit -v); %s--micro %zu "
+            "needs %.1f, --recompute and --precision bf16 save more", total, there,
+            fits > there ? "even " : "", micro, fits);
 #ifndef _OPENMP
     printf("note: built without OpenMP: one thread, and all loops slower\n");
 #endif

@@ -473,7 +473,7 @@ def test_not_finite(runs, long):
     """Steps far too large: named, before the update, and the state stays."""
     status, said, err = runs.run("wild", *runs.usual("--lr", "10", "--weight-decay", "0", "--alpha-lr", "10", "--sigma", "1e6",
                                               "--warmup", "0", "--save-every", "0.0001"))
-    named = re.search(r"^train_rigsa: 1, update \d+: (the gradient of|the output of layer|the loss) .*is not finite", err)
+    named = re.search(r"^train_rigsa: 1, update \d+: the (gradient|loss) is not finite", err)
     check("named", status == 1 and named, err)
     check("with a cause", "smaller --lr" in err and err.count("\n") == 1, err)
     check("the state is good and leads to the same end", runs.run("wild", "--resume")[2] == err)
