@@ -15,7 +15,7 @@ import sys
 SMALL, LARGE = "dev/requirements.txt", "dev/requirements-torch.txt"
 PACKAGES = dict.fromkeys(("numpy", "safetensors", "tokenizers", "transformers", "jinja2", "gguf",
                           "matplotlib", "tqdm", "huggingface_hub"), SMALL)
-PACKAGES |= dict.fromkeys(("torch", "lm_eval", "datasets", "scipy"), LARGE)
+PACKAGES.update(dict.fromkeys(("torch", "lm_eval", "datasets", "scipy"), LARGE))
 PIPE_CLOSED = 141  # exit status of a program that SIGPIPE has ended, as a shell sees it
 
 

