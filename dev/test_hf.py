@@ -120,7 +120,8 @@ def write_ticket(path, base, density=0.1, rest=0):
 
 def run(module, *args):
     """What main() of the script prints; ValueError with its one line where it ends in an error."""
-    with unittest.mock.patch("sys.argv", [module.__name__, *args]), contextlib.redirect_stdout(io.StringIO()) as out:
+    with (unittest.mock.patch("sys.argv", [f"{module.__name__}.py", *args]),
+          contextlib.redirect_stdout(io.StringIO()) as out):
         try:
             module.main()
         except SystemExit as end:
