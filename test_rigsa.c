@@ -1011,7 +1011,7 @@ static void adapter_naive(Model *model, const Tensor *t, const float *x, const f
 
 static void test_adapter(void)
 {
-    enum { N = 21 };
+    enum { N = 2 * SPAN + 21 };             // rows: the sampled product takes SPAN at a time
     static const double density[] = { 1, 0.5, 0.1, 0 };  // dense, gathered, sampled, empty
     for (int i = 0; i < 4; i++) {
         Model *model = &rig_adapter(ODD, density[i])->model;
