@@ -480,6 +480,38 @@ static void test_torch_adamw(void)
     }
 }
 
+// In bf16 a step stores moments to a 256th and uses them unrounded; on a gradient that stays, m comes within
+// 4 % and v within 8 % of where they would end: a 256th by 1 - b1, by 1 - b2.
+static void test_narrow_moments(void)
+{
+    enum { N = 77 };
+    float w[N] = { 0 }, expected[N], m[N] = { 0 }, v[N] = { 0 }, g[N], off = 0;
+    randomize(g, N, 1);
+    precision = BF16;
+    for (size_t t = 1; t <= 200; t++) {
+        double up1 = 1 - pow(BETA1, (double)t), up2 = 1 - pow(BETA2, (double)t);
+        float m_new[N], v_new[N];
+        for (size_t i = 0; i < N; i++) {
+            m_new[i] = BETA1 * stored(m, i, 1) + (1 - BETA1) * g[i];
+            v_new[i] = BETA2 * stored(v, i, 1) + (1 - BETA2) * g[i] * g[i];
+            expected[i] = w[i] - (float)(0.01 * m_new[i] / up1 / (sqrt(v_new[i] / up2) + ADAM_EPS));
+        }
+        adamw(w, m, v, g, 0.01f, 0, 1, t, N);
+        if (t == 1 || t == 200) check_close("step", w, expected, N, 1e-6);
+        for (size_t i = 0; i < N; i++) {
+            off = fmaxf(off, fabsf(stored(m, i, 1) / m_new[i] - 1));
+            off = fmaxf(off, fabsf(stored(v, i, 1) / v_new[i] - 1));
+        }
+    }
+    check_most("rounding", off, 1.001 / 256);
+    check("beyond n nothing is written", m[N / 2 + 1] == 0 && v[N / 2 + 1] == 0);
+    for (size_t i = 0; i < N; i++) {
+        check_most("first moment at rest", fabsf(stored(m, i, 1) / g[i] - 1), 0.04);
+        check_most("second moment at rest", fabsf(stored(v, i, 1) / (g[i] * g[i]) - 1), 0.08);
+    }
+    precision = FP32;
+}
+
 // -----------------------------------------------------------------------------------------------------------
 // Central differences
 //
@@ -2419,6 +2451,7 @@ static void test_details(void)
 static const struct { const char *name; void (*run)(void); } topics[] = {
     { "PyTorch: logits, loss, every gradient", test_torch },
     { "PyTorch: ten steps of AdamW", test_torch_adamw },
+    { "moments in bf16", test_narrow_moments },
     { "rmsnorm", test_rmsnorm }, { "rope", test_rope }, { "attention", test_attention },
     { "swiglu", test_swiglu },
     { "cross-entropy", test_crossentropy }, { "embedding", test_embedding },

@@ -424,7 +424,7 @@ static void values_start(Model *model, const char *path)
 {
     File file = file_open(path, "tick");
     check_base(model, &file);
-    numbers_at(delta_tensor(model, 0)->value, &file, "values", adapter_entries(model));
+    numbers_at(delta_tensor(model, 0)->value, &file, "values", adapter_entries(model), sizeof(float));
     file_close(&file);
 }
 
@@ -492,7 +492,7 @@ static void lora_load(Model *model, const char *path)
     const Tensor *first = lora_tensor(model, 0);
     size_t n = values_in(first, model->tensors + model->all_tensors);
     check_base(model, &file);
-    numbers_at(first->value, &file, "values", n);
+    numbers_at(first->value, &file, "values", n, sizeof(float));
     file_close(&file);
 }
 

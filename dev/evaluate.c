@@ -53,8 +53,8 @@ static void ticket_load(Model *model, const char *path)
     size_t n = adapter_entries(model), at = 0;
     free(model->value_arena);
     model->value_arena = floats(n + matrices(model));
-    numbers_at(model->value_arena, &file, "values", n);
-    numbers_at(model->value_arena + n, &file, "gates", matrices(model));
+    numbers_at(model->value_arena, &file, "values", n, sizeof(float));
+    numbers_at(model->value_arena + n, &file, "gates", matrices(model), sizeof(float));
     for (Tensor *t = delta_tensor(model, 0); t <= gates_tensor(model); at += t++->n)
         t->value = model->value_arena + at;
     model->adapter = model->init.rest ? *resting : RIGSA;
