@@ -1167,29 +1167,35 @@ static inline float stored(const float *x, size_t i, int narrow)
     return narrow ? widen_bf16(((const uint16_t *)x)[i]) : x[i];
 }
 
-static inline void store(float *x, size_t i, int narrow, float value)
-{
-    if (narrow) ((uint16_t *)x)[i] = (uint16_t)round_bf16(value);
-    else x[i] = value;
-}
-
 static const float BETA1 = 0.9f, BETA2 = 0.95f, ADAM_EPS = 1e-8f;
 static const double CLIP = 1;
 
 static void adamw(float *w, float *m, float *v, const float *dw, float lr, float decay, float clip,
                   size_t t, size_t n)
 {
+    enum { BLOCK = 1024 };                                  // of moments, widened where they are narrow
     const float step = (float)(lr / (1 - pow(BETA1, (double)t)));
     const float root = (float)(1 / sqrt(1 - pow(BETA2, (double)t))), shrink = 1.0f - lr * decay;
     const int narrow = precision == BF16;
-    #pragma omp parallel for simd schedule(static, share_of(n))
-    for (size_t i = 0; i < n; i++) {
-        float g = clip * dw[i];
-        float m_i = BETA1 * stored(m, i, narrow) + (1 - BETA1) * g;
-        float v_i = BETA2 * stored(v, i, narrow) + (1 - BETA2) * g * g;
-        w[i] = w[i] * shrink - step * m_i / (sqrtf(v_i) * root + ADAM_EPS);
-        store(m, i, narrow, m_i);
-        store(v, i, narrow, v_i);
+    #pragma omp parallel for
+    for (size_t at = 0; at < n; at += BLOCK) {
+        float wide[2][BLOCK], *m_b = narrow ? wide[0] : m + at, *v_b = narrow ? wide[1] : v + at;
+        const float *dw_b = dw + at;
+        float *w_b = w + at;
+        size_t size = min_size(BLOCK, n - at);
+        for (size_t i = 0; narrow && i < size; i++)
+            m_b[i] = stored(m, at + i, 1), v_b[i] = stored(v, at + i, 1);
+        #pragma omp simd
+        for (size_t i = 0; i < size; i++) {
+            float g = clip * dw_b[i];
+            m_b[i] = BETA1 * m_b[i] + (1 - BETA1) * g;
+            v_b[i] = BETA2 * v_b[i] + (1 - BETA2) * g * g;
+            w_b[i] = w_b[i] * shrink - step * m_b[i] / (sqrtf(v_b[i]) * root + ADAM_EPS);
+        }
+        for (size_t i = 0; narrow && i < size; i++) {
+            ((uint16_t *)m)[at + i] = (uint16_t)round_bf16(m_b[i]);
+            ((uint16_t *)v)[at + i] = (uint16_t)round_bf16(v_b[i]);
+        }
     }
 }
 

@@ -12,8 +12,8 @@
 //     AMX                --precision bf16 on Intel's matrix registers                 other last bits in bf16
 
 // -----------------------------------------------------------------------------------------------------------
-// A block of LANES x LANES transposed in registers. Step d swaps bit d of an element's row number with bit d of
-// its column number: of rows i and i + d, whose i lacks that bit, d columns at a time change places.
+// A block of LANES x LANES transposed in registers. Step d swaps bit d of an element's row number with bit d
+// of its column number: of rows i and i + d, whose i lacks that bit, d columns at a time change places.
 
 #define LOW(c, d) ((c) & (d) ? LANES + (c) - (d) : (c))                 // column c of the new row i, of both
 #define HIGH(c, d) (LOW(c, d) + (d))                                    // and of row i + d
