@@ -47,8 +47,7 @@ static int passed, failed, selftest, corrupting, noticed;
 static double largest;                      // relative error of the topic
 
 __attribute__((format(printf, 2, 3)))
-static void record(int good, const char *format, ...)
-{
+static void record(int good, const char *format, ...) {
     va_list arguments;
     if (corrupting) good = !good, noticed += good;
     if (good) { passed++; return; }
@@ -62,8 +61,7 @@ static void record(int good, const char *format, ...)
 
 static void check(const char *what, int good) { record(good, "%s", what); }
 
-static void check_most(const char *what, double value, double bound)
-{
+static void check_most(const char *what, double value, double bound) {
     record(value <= bound, "%s: %.3g, at most %.3g", what, value, bound);       // a NaN fails
     if (!selftest || corrupting) return;
     corrupting = 1;
@@ -73,8 +71,7 @@ static void check_most(const char *what, double value, double bound)
 }
 
 // The same bytes. The corruption is one bit.
-static void check_same(const char *what, const void *a, const void *b, size_t bytes)
-{
+static void check_same(const char *what, const void *a, const void *b, size_t bytes) {
     record(!memcmp(a, b, bytes), "%s: not the same", what);
     if (!selftest || corrupting || !bytes) return;
     unsigned char *copy = memcpy(allocate(bytes, 1), a, bytes);
@@ -87,24 +84,21 @@ static void check_same(const char *what, const void *a, const void *b, size_t by
 
 static void check_number(const char *what, double a, double b) { check_same(what, &a, &b, sizeof a); }
 
-static double dot(const float *a, const float *b, size_t n)
-{
+static double dot(const float *a, const float *b, size_t n) {
     double sum = 0;
     for (size_t i = 0; i < n; i++) sum += (double)a[i] * b[i];
     return sum;
 }
 
 // ||a - b|| / ||b||. A reference of nothing but zeros proves nothing: NaN.
-static double relative_error(const float *a, const float *b, size_t n)
-{
+static double relative_error(const float *a, const float *b, size_t n) {
     double off = 0, size = dot(b, b, n);
     for (size_t i = 0; i < n; i++) off += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
     return size > 0 ? sqrt(off / size) : NAN;
 }
 
 // The corruptions: all values are zero; one is off by 1 % of the norm of all; one is NaN.
-static void check_close(const char *what, const float *a, const float *b, size_t n, double tolerance)
-{
+static void check_close(const char *what, const float *a, const float *b, size_t n, double tolerance) {
     double error = relative_error(a, b, n);
     record(error <= tolerance, "%s: relative error %.3g, at most %.3g", what, error, tolerance);
     if (!corrupting) largest = fmax(largest, error);
@@ -126,8 +120,7 @@ static void check_close(const char *what, const float *a, const float *b, size_t
 
 static uint64_t draws;                      // random arrays so far in this topic
 
-static float *randomize(float *x, size_t n, float sigma)
-{
+static float *randomize(float *x, size_t n, float sigma) {
     uint64_t key = random_key(2511, 1794, draws++, 0);
     for (size_t i = 0; i < n; i++) x[i] = normal(key, i, sigma);
     return x;
@@ -149,15 +142,13 @@ static const Shape FEW[] = { { 2, 1 }, { 5, 3 }, { 9, 1 }, { 17, 14 } };
 enum { MOST_EXAMPLES = 16 };
 
 // A batch of examples first .. end - 1.
-static void rig_batch(Run *run, size_t first, size_t end)
-{
+static void rig_batch(Run *run, size_t first, size_t end) {
     for (size_t e = first; e < end; e++) run->batch.example[e - first] = (uint32_t)e;
     batch_lay(&run->batch, &run->data, run->batch.example, end - first);
 }
 
 // A run on random examples with a model of random weights. All examples lie in its batch.
-static Run *rig_make(Config config, const Shape *shape, size_t examples)
-{
+static Run *rig_make(Config config, const Shape *shape, size_t examples) {
     Run *run = allocate(1, sizeof(Run));
     Model *model = &run->model;
     Data *data = &run->data;
@@ -191,16 +182,14 @@ static Run *rig_make(Config config, const Shape *shape, size_t examples)
     return run;
 }
 
-static Run *rig_full(Config config, const Shape *shape, size_t examples)
-{
+static Run *rig_full(Config config, const Shape *shape, size_t examples) {
     Run *run = rig_make(config, shape, examples);
     trained_arenas(&run->model, run->model.tensors, run->model.tensors + run->model.base_tensors);
     return run;
 }
 
 // RIGSA with these masks (a byte per entry of every adapted matrix, end to end), values (likewise) and gates.
-static void adapter_set(Model *model, const uint8_t *mask, const float *value, const float *gates)
-{
+static void adapter_set(Model *model, const uint8_t *mask, const float *value, const float *gates) {
     adapter_alloc(model);
     size_t at = 0, count = matrices(model);
     model->index_arena = integers(adapter_entries(model));
@@ -219,8 +208,7 @@ static void adapter_set(Model *model, const uint8_t *mask, const float *value, c
 }
 
 // A rig with random values and gates of about +-0.5. A density of 1 is the dense adapter, which has no index.
-static Run *rig_adapter(Config config, double density)
-{
+static Run *rig_adapter(Config config, double density) {
     Run *run = rig_make(config, FEW, COUNT_OF(FEW));
     Model *model = &run->model;
     size_t n = adapter_entries(model), count = matrices(model);
@@ -236,15 +224,13 @@ static Run *rig_adapter(Config config, double density)
 }
 
 // The mean loss over the examples in the batch.
-static double rig_loss(Run *run)
-{
+static double rig_loss(Run *run) {
     model_forward(&run->model, &run->batch);
     return head_forward_backward(&run->model, &run->batch, 0) / (double)run->batch.answer.n;
 }
 
 // What the answer rows (M, width) hold, in the order of the examples: a batch sorts them.
-static float *in_order(const Batch *batch, const float *rows, size_t width)
-{
+static float *in_order(const Batch *batch, const float *rows, size_t width) {
     float *ordered = floats(batch->answer.n * width), *to = ordered;
     for (uint32_t e = 0; to < ordered + batch->answer.n * width; e++)
         for (size_t s = 0; s < batch->S; s++) {
@@ -257,15 +243,13 @@ static float *in_order(const Batch *batch, const float *rows, size_t width)
 }
 
 // The logits of all answer rows, in the order of the examples.
-static const float *rig_logits(Run *run)
-{
+static const float *rig_logits(Run *run) {
     rig_loss(run);
     return in_order(&run->batch, run->model.acts.logits, run->model.config.V);
 }
 
 // The mean loss over all examples, with gradients, over forward passes of `micro` examples.
-static double rig_gradient(Run *run, size_t micro)
-{
+static double rig_gradient(Run *run, size_t micro) {
     uint32_t example[MOST_EXAMPLES];
     for (uint32_t e = 0; e < MOST_EXAMPLES; e++) example[e] = e;
     opt.micro = micro;
@@ -273,8 +257,7 @@ static double rig_gradient(Run *run, size_t micro)
 }
 
 // Steps on the loss of all examples; returns the loss before the last of them.
-static double rig_train(Run *run, size_t steps, float lr, float decay)
-{
+static double rig_train(Run *run, size_t steps, float lr, float decay) {
     Model *model = &run->model;
     double loss = NAN;
     for (Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) {
@@ -290,16 +273,14 @@ static double rig_train(Run *run, size_t steps, float lr, float decay)
 
 static char folder[PATH_MAX];               // a temporary one
 
-static char *in_folder(const char *name)
-{
+static char *in_folder(const char *name) {
     size_t size = strlen(folder) + strlen(name) + 2;
     char *path = allocate(size, 1);
     snprintf(path, size, "%s/%s", folder, name);
     return path;
 }
 
-static int remove_one(const char *path, const struct stat *info, int type, struct FTW *walk)
-{
+static int remove_one(const char *path, const struct stat *info, int type, struct FTW *walk) {
     (void)info, (void)type, (void)walk;
     return remove(path);
 }
@@ -307,8 +288,7 @@ static int remove_one(const char *path, const struct stat *info, int type, struc
 static char said[1 << 16];                  // what the last child printed
 
 // Runs body in a process of its own, for what may end in die(), and returns its exit status.
-static int child(void (*body)(const void *), const void *argument)
-{
+static int child(void (*body)(const void *), const void *argument) {
     int ends[2], status;
     size_t length = 0;
     fflush(NULL);
@@ -332,8 +312,7 @@ static int child(void (*body)(const void *), const void *argument)
 }
 
 // The body must exit with 1 after a single line, in which `word` occurs.
-static void check_dies(const char *what, void (*body)(const void *), const void *argument, const char *word)
-{
+static void check_dies(const char *what, void (*body)(const void *), const void *argument, const char *word) {
     int status = child(body, argument);
     char *line = strchr(said, '\n');
     record(status == 1 && line && !line[1] && strstr(said, word), "%s: exit status %d, said: %s",
@@ -358,8 +337,7 @@ static const double LOGITS_BOUND = 1e-5, LOSS_BOUND = 2e-6, GRADIENT_BOUND = 2e-
 
 // One tensor of one case, 0 or 1.
 static void check_torch(int at, const char *kind, const float *a, const float *b, size_t n,
-                        double bound, float error32)
-{
+                        double bound, float error32) {
     Agreement *row = agreement;
     char what[64];
     while (row->kind[0] && strcmp(row->kind, kind)) row++;
@@ -370,22 +348,19 @@ static void check_torch(int at, const char *kind, const float *a, const float *b
     row->torch[at] = fmax(row->torch[at], error32);
 }
 
-static const void *dumped(const File *file, const char *tag, int at, size_t n, size_t size)
-{
+static const void *dumped(const File *file, const char *tag, int at, size_t n, size_t size) {
     char name[32];
     snprintf(name, sizeof name, "%s.%d", tag, at);
     return needed(file, name, n, size);
 }
 
 // "1.q" is of the kind "q".
-static const char *kind_of(const Tensor *t)
-{
+static const char *kind_of(const Tensor *t) {
     return strchr(t->name, '.') ? strchr(t->name, '.') + 1 : t->name;
 }
 
 // The sparse adapter: logits, loss, gradients of DeltaW and of the gates.
-static void torch_sparse(Run *run, const File *file, int at, const float *error32)
-{
+static void torch_sparse(Run *run, const File *file, int at, const float *error32) {
     Model *model = &run->model;
     size_t count = matrices(model), all = adapter_entries(model),
         values = run->batch.answer.n * model->config.V;
@@ -411,8 +386,7 @@ static void torch_sparse(Run *run, const File *file, int at, const float *error3
 }
 
 // The plain adapter on a base that has W in W0's place: gradients of every base tensor.
-static void torch_plain(Run *run, const File *file, int at, const float *error32)
-{
+static void torch_plain(Run *run, const File *file, int at, const float *error32) {
     Model *model = &run->model;
     const float *dweights = dumped(file, "dweights", at, base_weights(model), 4);
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
@@ -426,8 +400,7 @@ static void torch_plain(Run *run, const File *file, int at, const float *error32
     }
 }
 
-static void test_torch(void)
-{
+static void test_torch(void) {
     for (size_t d = 0; d < dump_count; d++)
         for (int at = 0; at < 2; at++) {
             File file = file_open(dumps[d], "dump");
@@ -458,8 +431,7 @@ static void test_torch(void)
 
 // Ten steps on gradients of 1e-12 to 10. A step is about lr at most: the error of a small value is relative
 // to that. Measured: 1e-7 of all values, 2e-7 of each.
-static void test_torch_adamw(void)
-{
+static void test_torch_adamw(void) {
     for (size_t d = 0; d < dump_count; d++) {
         File file = file_open(dumps[d], "dump");
         size_t n;
@@ -482,8 +454,7 @@ static void test_torch_adamw(void)
 
 // In bf16 a step stores moments to a 256th and uses them unrounded; on a gradient that stays, m comes within
 // 4 % and v within 8 % of where they would end: a 256th by 1 - b1, by 1 - b2.
-static void test_narrow_moments(void)
-{
+static void test_narrow_moments(void) {
     enum { N = 77 };
     float w[N] = { 0 }, expected[N], m[N] = { 0 }, v[N] = { 0 }, g[N], off = 0;
     randomize(g, N, 1);
@@ -518,8 +489,7 @@ static void test_narrow_moments(void)
 // The four-point rule: its error is of order step^4, and that of float of order 1e-7 / step. Where one value
 // of about 1 moves by 1/16, both are near 1e-5 of the gradient.
 
-static double derivative(double (*loss)(void), float *x, const float *direction, size_t n, float step)
-{
+static double derivative(double (*loss)(void), float *x, const float *direction, size_t n, float step) {
     static const double at[] = { -2, -1, 1, 2 }, weight[] = { 1, -8, 8, -1 };
     float *start = copy_of(x, n * sizeof(float));
     double sum = 0;
@@ -538,15 +508,13 @@ static double derivative(double (*loss)(void), float *x, const float *direction,
 enum { ROOM = 1800 };
 static struct { float in[3][ROOM], din[3][ROOM], out[ROOM], dout[ROOM], kept[ROOM]; int sums; } on;
 
-static double bench_loss(size_t n)
-{
+static double bench_loss(size_t n) {
     double loss = on.out[n] == 0 ? dot(on.out, on.dout, n) : NAN;  // beyond the output nothing is written
     for (int i = 0; i < 3; i++) if (on.sums & 1 << i) loss += dot(on.in[i], on.in[i], ROOM) / 2;
     return loss;
 }
 
-static void bench(int sums)
-{
+static void bench(int sums) {
     on.sums = sums;
     randomize(on.in[0], 3 * ROOM, 1);
     randomize(on.dout, ROOM, 1);
@@ -555,8 +523,7 @@ static void bench(int sums)
 }
 
 // The gradient of input i, of n values, along each of them, or along 199 if there are more.
-static void check_gradient(const char *what, double (*loss)(void), int i, size_t n)
-{
+static void check_gradient(const char *what, double (*loss)(void), int i, size_t n) {
     float numeric[199], analytic[199], one = 1;
     size_t count = min_size(n, 199);
     for (size_t j = 0; j < count; j++) {
@@ -569,14 +536,12 @@ static void check_gradient(const char *what, double (*loss)(void), int i, size_t
 
 enum { NORM_N = 7, NORM_C = 13, NORM_ALL = NORM_N * NORM_C };
 
-static double rmsnorm_loss(void)
-{
+static double rmsnorm_loss(void) {
     rmsnorm_forward(on.out, on.kept, on.in[0], on.in[1], 1e-2f, NORM_N, NORM_C);
     return bench_loss(NORM_ALL);
 }
 
-static void test_rmsnorm(void)
-{
+static void test_rmsnorm(void) {
     bench(1 | 2);
     rmsnorm_loss();
     memcpy(on.din[2], on.din[0], sizeof on.din[0]);
@@ -590,21 +555,18 @@ static void test_rmsnorm(void)
 enum { ROPE_N = 5, ROPE_HEADS = 3, ROPE_D = 6, ROPE_T = 40, ROPE_ALL = ROPE_N * ROPE_HEADS * ROPE_D };
 static const uint32_t ROPE_POSITION[ROPE_N + 1] = { 0, 1, 2, 0, 39, 7 };  // the last is one too many
 
-static void turn(float *x, float direction)
-{
+static void turn(float *x, float direction) {
     float cosine[ROPE_T * ROPE_D / 2], sine[ROPE_T * ROPE_D / 2];
     rope_table(cosine, sine, ROPE_T, ROPE_D, 500);
     rope(x, cosine, sine, ROPE_POSITION, direction, ROPE_N, ROPE_HEADS, ROPE_D);
 }
 
-static double rope_loss(void)
-{
+static double rope_loss(void) {
     turn(memcpy(on.out, on.in[0], ROPE_ALL * sizeof(float)), 1);
     return bench_loss(ROPE_ALL);
 }
 
-static void test_rope(void)
-{
+static void test_rope(void) {
     float expected[ROPE_ALL];
     bench(0);
     for (size_t i = 0; i < ROPE_ALL; i++) {
@@ -628,15 +590,13 @@ static uint32_t ATT_KEYS[ATT_S + 1] = { 0, 3, 73, 74 };
 static Rows query;
 static Attention on_attention;
 
-static double attention_loss(void)
-{
+static double attention_loss(void) {
     attention_forward(on.out, on.kept, on.in[0], on.in[1], on.in[2], &on_attention);
     return bench_loss(query.n * ATT_H * ATT_D);
 }
 
 // By the definition, in double.
-static void attention_naive(float *gathered, float *lse)
-{
+static void attention_naive(float *gathered, float *lse) {
     for (size_t s = 0; s < ATT_S; s++)
         for (size_t r = query.start[s] * ATT_H; r < query.start[s + 1] * ATT_H; r++) {  // a row and a head
             double sum = 0, total[ATT_D] = { 0 };
@@ -651,8 +611,7 @@ static void attention_naive(float *gathered, float *lse)
         }
 }
 
-static void attention_case(const char *what, Rows rows)
-{
+static void attention_case(const char *what, Rows rows) {
     float gathered[ROOM], lse[ROOM];
     size_t n = rows.n * ATT_H * ATT_D;
     query = rows;
@@ -669,8 +628,7 @@ static void attention_case(const char *what, Rows rows)
     check_gradient("dv", attention_loss, 2, ATT_ALL);
 }
 
-static void test_attention(void)
-{
+static void test_attention(void) {
     uint32_t all[ATT_N], some[68] = { 2 };
     float *blocks = floats((size_t)omp_get_max_threads() * block_floats(ATT_H / ATT_KV, ATT_T, ATT_D));
     on_attention = (Attention){ &query, ATT_KEYS, blocks, ATT_S, ATT_H, ATT_KV, ATT_D, ATT_T };
@@ -685,13 +643,11 @@ static void test_attention(void)
 
 enum { GLU_N = 99 };
 
-static double swiglu_loss(void)
-{
+static double swiglu_loss(void) {
     return swiglu_forward(on.out, on.in[0], on.in[1], GLU_N), bench_loss(GLU_N);
 }
 
-static void test_swiglu(void)
-{
+static void test_swiglu(void) {
     float expected[GLU_N], far[] = { -200, 200 }, one[] = { 1, 1 }, h[2], dgate[2], dup[2];
     bench(0);
     for (size_t i = 0; i < GLU_N; i++)
@@ -711,14 +667,12 @@ enum { CE_M = 5, CE_V = 19 };
 static const uint32_t CE_TARGET[CE_M] = { 3, 0, 18, 7, 7 };
 static uint32_t best[CE_M];
 
-static double crossentropy_loss(void)
-{
+static double crossentropy_loss(void) {
     crossentropy_forward(on.kept, best, on.in[0], CE_TARGET, CE_M, CE_V);
     return -0.3 * dot(on.kept, (float[CE_M]){ 1, 1, 1, 1, 1 }, CE_M);
 }
 
-static void test_crossentropy(void)
-{
+static void test_crossentropy(void) {
     float expected[CE_M];
     uint32_t first[CE_M] = { 0 };
     bench(0);
@@ -741,8 +695,7 @@ static void test_crossentropy(void)
 }
 
 // Whole numbers, so that sums are exact.
-static void test_embedding(void)
-{
+static void test_embedding(void) {
     enum { N = 6, C = 37, V = 4 };
     // token 2 three times; the last is one too many
     static const uint32_t token[N + 1] = { 2, 0, 2, 3, 2, 0, 1 };
@@ -763,8 +716,7 @@ static double subject_loss(void) { return rig_loss(subject); }
 // Every trained tensor along six random directions, +-1 times its own size. A step of 1/64 of that moves all
 // its values and the whole model with them: a larger one shows the curvature, a smaller one the rounding.
 // Measured: 1e-3.
-static void check_whole(const char *what, Run *run)
-{
+static void check_whole(const char *what, Run *run) {
     subject = run;
     rig_gradient(run, MOST_EXAMPLES);
     for (Tensor *t = run->model.tensors; t < run->model.tensors + run->model.all_tensors; t++) {
@@ -783,8 +735,7 @@ static void check_whole(const char *what, Run *run)
     }
 }
 
-static void test_whole_loss(void)
-{
+static void test_whole_loss(void) {
     static const Config *const configs[] = { &ODD, &UNTIED };
     for (int c = 0; c < 2; c++) {
         check_whole("full", rig_full(*configs[c], FEW, COUNT_OF(FEW)));
@@ -795,8 +746,7 @@ static void test_whole_loss(void)
 }
 
 // Frozen matrices in bfloat16, as base_read() holds them with --precision bf16.
-static void halve_base(Model *model)
-{
+static void halve_base(Model *model) {
     size_t n = 0;
     float *old = model->base_arena;
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
@@ -817,8 +767,7 @@ static void halve_base(Model *model)
 
 // Gradients of the whole loss with activations laid out for this precision, kept or recomputed; returns a
 // copy.
-static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
-{
+static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n) {
     Model *model = &run->model;
     precision = of;
     model->acts = (Activations){ .recompute = recompute };
@@ -832,8 +781,7 @@ static float *rig_gradient_in(Run *run, Precision of, int recompute, size_t n)
 
 // Recomputing changes no bit in fp32. In bfloat16 gradients are near those in fp32: how near, the rounding of
 // 8 bits decides.
-static void test_precision_and_recompute(void)
-{
+static void test_precision_and_recompute(void) {
     for (int i = 0; i < 4; i++) {
         Run *run = i == 0 ? rig_full(ODD, FEW, COUNT_OF(FEW))
             : rig_adapter(ODD, i == 1 ? 1 : i == 2 ? 0.5 : 0.05);
@@ -856,8 +804,7 @@ static void test_precision_and_recompute(void)
 
 // Whole numbers up to 8, so that every sum is exact, in any order and in bfloat16 too. What lies between the
 // rows of c stays.
-static void test_matmul(void)
-{
+static void test_matmul(void) {
     static const size_t sizes[][3] = {
         { 1, 1, 1 }, { MR, NR, 5 }, { MR + 1, NR - 1, 3 }, { 2 * MR - 1, 2 * NR + 1, KC }, { 7, 5, KC + 1 },
         { MC + 1, 3, 2 }, { 2 * MC + 5, 3 * NR + 7, 11 }, { 3, NC + 1, 4 }, { 5, 2, 4 * KC + 3 },
@@ -887,8 +834,7 @@ static void test_matmul(void)
 
 // Real numbers: products of bfloat16 are exact in fp32, so the rounded operands' fp32 product is what should
 // come out.
-static void test_matmul_bf16(void)
-{
+static void test_matmul_bf16(void) {
     enum { M = 37, N = 101, K = 203 };
     float *a = randomize(floats(M * K), M * K, 1), *b = randomize(floats(K * N), K * N, 1),
         *c = floats(2 * M * N);
@@ -901,8 +847,7 @@ static void test_matmul_bf16(void)
     check_close("product", c, c + M * N, M * N, 1e-6);
 }
 
-static void test_bfloat16(void)
-{
+static void test_bfloat16(void) {
     static const struct { uint32_t x, rounded; const char *what; } cases[] = {
         { 0x3F800000, 0x3F80, "one" }, { 0x3F808000, 0x3F80, "half way, to even below" },
         { 0x3F818000, 0x3F82, "to even above" },
@@ -923,8 +868,7 @@ static void test_bfloat16(void)
 
 // In units of the true value's last place, at 2 million numbers, in the vector code that loops around it
 // become.
-static void test_exponential(void)
-{
+static void test_exponential(void) {
     enum { BLOCKS = 2000, BLOCK = 1000 };
     double worst = 0;
     float x[BLOCK], y[BLOCK];
@@ -947,8 +891,7 @@ static void test_exponential(void)
 
 // Pinned values come from the formulas of doc/model.md and train_rigsa.c in Python: the same on every
 // machine.
-static void test_hash(void)
-{
+static void test_hash(void) {
     static const uint64_t expected[] = { 0, 0xa60dc0bb2167c025, 0xe52f6360448eb275, 0xe52f6360448eb275 };
     unsigned char bytes[256 * 64];
     uint64_t hash[4] = { hash64("", 0), hash64("rigsa", 5) };
@@ -962,8 +905,7 @@ static void test_hash(void)
     check_same("hash64", hash, expected, sizeof hash);
 }
 
-static void test_generator(void)
-{
+static void test_generator(void) {
     enum { N = 1000000 };
     static const uint64_t index[] = { 0, 1, 2, 1000, UINT32_MAX };
     static const uint32_t bits[] = { 0xbdc68b1a, 0xbc7bfc91, 0xbd4d0d95, 0xbbfa85b7, 0x3dda1f81 };
@@ -991,14 +933,12 @@ static void test_generator(void)
     check_number("zeros", zeros, 0);
 }
 
-static int descending(const void *a, const void *b)
-{
+static int descending(const void *a, const void *b) {
     float x = *(const float *)a, y = *(const float *)b;
     return (x < y) - (x > y);
 }
 
-static void test_selection(void)
-{
+static void test_selection(void) {
     float sorted[40], mixed[40];
     int wrong = 0;
     for (size_t n = 1; n <= 40; n++)
@@ -1024,8 +964,7 @@ static void test_selection(void)
 
 // What rigsa_weight and rigsa_gradient should make of matrix t, entry by entry, in double.
 static void adapter_naive(Model *model, const Tensor *t, const float *x, const float *dy, size_t N,
-                          float *w, float *ddelta, float *dalpha)
-{
+                          float *w, float *ddelta, float *dalpha) {
     size_t a = (size_t)t->adapter, k = 0;
     const Tensor *delta = delta_tensor(model, a);
     double alpha = gates_tensor(model)->value[a], sum = 0;
@@ -1041,8 +980,7 @@ static void adapter_naive(Model *model, const Tensor *t, const float *x, const f
     *dalpha = (float)sum;
 }
 
-static void test_adapter(void)
-{
+static void test_adapter(void) {
     enum { N = 2 * SPAN + 21 };             // rows: the sampled product takes SPAN at a time
     static const double density[] = { 1, 0.5, 0.1, 0 };  // dense, gathered, sampled, empty
     for (int i = 0; i < 4; i++) {
@@ -1068,8 +1006,7 @@ static void test_adapter(void)
 }
 
 // Under a decay of 1, what is frozen does not move by a bit: not the base, and not W where DeltaW is pruned.
-static void test_frozen(void)
-{
+static void test_frozen(void) {
     Run *run = rig_adapter(ODD, 0.4);
     Model *model = &run->model;
     int moved = 0, still = 0;
@@ -1091,8 +1028,7 @@ static void test_frozen(void)
 
 // Without a gradient, what is left of an update is decay. A gradient of norm 4 is scaled down to 1, in all
 // tensors.
-static void test_update(void)
-{
+static void test_update(void) {
     Model *model = &rig_adapter(ODD, 0.4)->model;
     Tensor *delta = delta_tensor(model, 0), *gates = gates_tensor(model);
     size_t n = adapter_entries(model), count = matrices(model), bytes = (n + count) * sizeof(float);
@@ -1116,8 +1052,7 @@ static void test_update(void)
     check_same("nothing is updated then", model->value_arena, expected, bytes);
 }
 
-static void test_schedule(void)
-{
+static void test_schedule(void) {
     static const struct { size_t t, updates; double warmup, cooldown, factor; } cases[] = {
         { 1, 10, 0, 0, 1 }, { 10, 10, 0, 0, 1 },                                // nothing but the plateau
         { 1, 10, 0.4, 0, 0.25 }, { 3, 10, 0.4, 0, 0.75 }, { 4, 10, 0.4, 0, 1 }, { 5, 10, 0.4, 0, 1 },
@@ -1130,8 +1065,7 @@ static void test_schedule(void)
     }
 }
 
-static void test_visit_order(void)
-{
+static void test_visit_order(void) {
     // two epochs and most of a third
     enum { EXAMPLES = 37, VISITS = 100, EPOCH = EXAMPLES * sizeof(uint32_t) };
     const Data data = { .examples = EXAMPLES };
@@ -1156,8 +1090,7 @@ static void test_visit_order(void)
 
 // Sets the stored entries of adapted matrix a to these numbers times the sign that each started with: -2 is
 // flipped.
-static void set_entries(Model *model, size_t a, const float *number)
-{
+static void set_entries(Model *model, size_t a, const float *number) {
     Tensor *delta = delta_tensor(model, a);
     for (size_t k = 0; k < delta->n; k++) {
         float start = normal(delta_key(model, a), delta->index ? delta->index[k] : k, model->init.sigma);
@@ -1168,8 +1101,7 @@ static void set_entries(Model *model, size_t a, const float *number)
 // The tiny model, whose adapted matrices have 4, 4, 4, 4, 6, 6 and 6 entries, all of them 1.
 enum { UP = 5, TINY_MATRICES = 7, TINY_ENTRIES = 34 };
 
-static Run *rig_tiny(void)
-{
+static Run *rig_tiny(void) {
     Run *run = rig_make(TINY, FEW, 2);
     adapter_alloc(&run->model);
     for (size_t a = 0; a < TINY_MATRICES; a++) set_entries(&run->model, a, (float[]){ 1, 1, 1, 1, 1, 1 });
@@ -1177,16 +1109,14 @@ static Run *rig_tiny(void)
 }
 
 // The mask of six entries as text: x stays.
-static void check_mask(const char *what, const Tensor *delta, const char *expected)
-{
+static void check_mask(const char *what, const Tensor *delta, const char *expected) {
     char mask[] = "......";
     for (size_t k = 0; k < delta->n; k++) mask[delta->index[k]] = 'x';
     check_same(what, mask, expected, sizeof mask);
 }
 
 // One round with these numbers in `up` and 1 everywhere else.
-static void test_prune_by_hand(void)
-{
+static void test_prune_by_hand(void) {
     static const struct {
         const char *what; Threshold over; double keep; float number[6]; const char *mask; size_t flipped,
             first;
@@ -1221,8 +1151,7 @@ static void test_prune_by_hand(void)
 
 // Where the survivors go, in each reading; and a second round, where only survivors count, each against its
 // own start.
-static void test_survivors(void)
-{
+static void test_survivors(void) {
     static const size_t stays[3] = { 2, 4, 5 };
     for (Survivors survivors = SURVIVORS_REWIND; survivors <= SURVIVORS_REDRAW; survivors++) {
         Model *model = &rig_tiny()->model;
@@ -1254,21 +1183,18 @@ static void test_survivors(void)
 
 typedef struct { float size; size_t at; } Candidate;        // at: among all entries of all matrices
 
-static int larger_first(const void *a, const void *b)
-{
+static int larger_first(const void *a, const void *b) {
     const Candidate *x = a, *y = b;
     return x->size != y->size ? (x->size < y->size) - (x->size > y->size) : (x->at > y->at) - (x->at < y->at);
 }
 
-static void keep_sorted(uint8_t *mask, Candidate *candidate, size_t n, double keep)
-{
+static void keep_sorted(uint8_t *mask, Candidate *candidate, size_t n, double keep) {
     qsort(candidate, n, sizeof *candidate, larger_first);
     for (size_t i = 0; i < (size_t)floor(keep * (double)n + 0.5); i++) mask[candidate[i].at] = 1;
 }
 
 // Random values with many ties, three rounds: the mask is that of a sort.
-static void test_prune_is_a_sort(void)
-{
+static void test_prune_is_a_sort(void) {
     for (Threshold over = THRESHOLD_MATRIX; over <= THRESHOLD_ALL; over++) {
         Model *model = &rig_adapter(UNTIED, 1)->model;
         size_t count = matrices(model), all = adapter_entries(model);
@@ -1302,8 +1228,7 @@ static void test_prune_is_a_sort(void)
 }
 
 // With nothing left the model is its base, and an update and another round still work.
-static void test_empty_masks(void)
-{
+static void test_empty_masks(void) {
     Run *run = rig_tiny();
     Model *model = &run->model;
     Pruned pruned[TINY_MATRICES];
@@ -1325,15 +1250,13 @@ static void test_empty_masks(void)
 // -----------------------------------------------------------------------------------------------------------
 // Files
 
-static void base_load(Model *model, const char *path)
-{
+static void base_load(Model *model, const char *path) {
     File file = base_open(model, path);
     base_read(model, &file, 0);
 }
 
 // A base and a ticket: a dense adapter, one that was pruned, a sparse one, an empty one.
-static void test_save_and_load(void)
-{
+static void test_save_and_load(void) {
     static const struct { double density, keep; } cases[] = { { 1, 0 }, { 1, 0.5 }, { 0.3, 0 }, { 0, 0 } };
     char *base = in_folder("base.bin"), *ticket = in_folder("ticket.bin");
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
@@ -1359,8 +1282,7 @@ static void test_save_and_load(void)
     }
 }
 
-static void test_bf16(void)
-{
+static void test_bf16(void) {
     Model *model = &rig_make(ODD, FEW, 1)->model, loaded = { 0 };
     size_t n = base_weights(model);
     Config config = ODD;
@@ -1385,8 +1307,7 @@ static struct {
     .choices = { 3, 1 }, .gold = { 2, 0 }, .chars = { 4, 5, 6, 7 }, .vocab = { 5, 4 }, .metric = "acc" };
 
 // The rig, in the middle of its second pass.
-static void sample_run(Run *run)
-{
+static void sample_run(Run *run) {
     opt.batch = 1, opt.examples = opt.ticket_examples = 3;
     run->settings = (char *)"settings", settings_folder = (char *)"/";
     run->passes = 2, run->rows = 2, run->updates = 4;
@@ -1398,8 +1319,7 @@ static void sample_run(Run *run)
 }
 
 // All that a run is, saved and loaded into another run: a dense adapter, a sparse one, all weights.
-static void test_state(void)
-{
+static void test_state(void) {
     char *path = in_folder("state");
     for (int i = 0; i < 3; i++) {
         Run *from = i < 2 ? rig_adapter(ODD, i ? 0.3 : 1) : rig_full(ODD, FEW, COUNT_OF(FEW));
@@ -1439,8 +1359,7 @@ static void test_state(void)
     method.trains_base = 0;
 }
 
-static void sample_write(const char *kind, const char *path)
-{
+static void sample_write(const char *kind, const char *path) {
     Model *model = &sample.run->model;
     if (!strcmp(kind, "base")) base_save(model, path);
     if (!strcmp(kind, "tick")) ticket_save(model, path, "settings");
@@ -1457,8 +1376,7 @@ static void sample_write(const char *kind, const char *path)
 
 typedef struct { const char *kind, *path; } Opening;
 
-static void open_file(const void *argument)
-{
+static void open_file(const void *argument) {
     const Opening *opening = argument;
     Model model = { .config = sample.run->model.config, .base = sample.run->model.base };
     if (!strcmp(opening->kind, "data")) data_open(opening->path);
@@ -1470,8 +1388,7 @@ static void open_file(const void *argument)
     trained_load(&sample.run->model, &file);
 }
 
-static char *whole_file(const char *path, size_t *length)
-{
+static char *whole_file(const char *path, size_t *length) {
     char *bytes = NULL;
     FILE *f = fopen(path, "rb"), *to = open_memstream(&bytes, length);
     for (int c; f && (c = getc(f)) != EOF; ) putc(c, to);
@@ -1481,8 +1398,7 @@ static char *whole_file(const char *path, size_t *length)
 }
 
 // A word of the file changed, or its end cut off, or lengthened: no kind of file is taken then.
-static void test_damaged_files(void)
-{
+static void test_damaged_files(void) {
     static const char *const kinds[] = { "base", "data", "tick", "stat" };
     enum { WHOLE = 1 << 30 };
     static const struct { const char *what; int at; uint32_t change; size_t longest; int more; } damages[] = {
@@ -1520,8 +1436,7 @@ static void test_damaged_files(void)
 }
 
 // A section of a file that was changed after it was opened.
-static void read_changed(const void *argument)
-{
+static void read_changed(const void *argument) {
     const Opening *opening = argument;
     int cut = !strcmp(opening->kind, "data"), base = !strcmp(opening->kind, "base");
     size_t n;
@@ -1534,8 +1449,7 @@ static void read_changed(const void *argument)
 }
 
 // Checked once and used later: what changes between is noticed, and what has been read stays as it was.
-static void test_changed_files(void)
-{
+static void test_changed_files(void) {
     static const char *const kinds[] = { "base", "data", "tick", "stat" };
     sample_run(sample.run = rig_adapter(ODD, 0.3));
     for (int k = 0; k < 4; k++) {
@@ -1553,8 +1467,7 @@ static void test_changed_files(void)
 }
 
 // Names as they may be and as they may not.
-static void test_names(void)
-{
+static void test_names(void) {
     static char longest[128], longer[129];
     memset(longest, 'x', 127), memset(longer, 'x', 128);
     const struct { const char *name, *word; } cases[] = {
@@ -1577,8 +1490,7 @@ static void test_names(void)
 }
 
 // Whole files in which one number cannot be.
-static void test_wrong_numbers(void)
-{
+static void test_wrong_numbers(void) {
     sample_run(sample.run = rig_adapter(ODD, 0.3));
     Run *run = sample.run;
     Model *model = &run->model;
@@ -1642,8 +1554,7 @@ static const Shape LONG[] = { { 67, 40 }, { 3, 1 }, { 130, 1 }, { 66, 65 } };
 // of the gradients, of the weights after five updates and of the ticket after pruning.
 typedef struct { uint64_t gradients, weights, ticket; double loss; } Outcome;
 
-static void train_on(int threads, Outcome outcome[3])
-{
+static void train_on(int threads, Outcome outcome[3]) {
     omp_set_num_threads(threads);
     for (int i = draws = 0; i < 3; i++, outcome++) {
         Run *run = i == 0 ? rig_full(ODD, LONG, COUNT_OF(LONG)) : rig_adapter(ODD, i == 1 ? 1 : 0.05);
@@ -1660,8 +1571,7 @@ static void train_on(int threads, Outcome outcome[3])
     }
 }
 
-static void test_threads(void)
-{
+static void test_threads(void) {
     static const int counts[] = { 2, 3, 4, 5 };
     int usual = omp_get_max_threads();
     Outcome one[3] = { 0 }, many[3] = { 0 };
@@ -1679,8 +1589,7 @@ static void test_threads(void)
 }
 
 // Sequences of a batch do not see each other: the same as one at a time. The head takes its 655 rows in two.
-static void test_batches(void)
-{
+static void test_batches(void) {
     static const Shape many[] = { { 67, 1 }, { 101, 1 }, { 2, 1 }, { 211, 1 }, { 280, 2 } };
     Run *run = rig_full(ODD, many, COUNT_OF(many));
     Model *model = &run->model;
@@ -1702,8 +1611,7 @@ static void test_batches(void)
 
 // Four examples, learnt by heart. RIGSA leaves the embedding alone, which bounds the logits: its loss stays
 // at 0.73.
-static void test_overfit(void)
-{
+static void test_overfit(void) {
     Run *full = rig_full(ODD, FEW, COUNT_OF(FEW)), *rigsa = rig_make(ODD, FEW, COUNT_OF(FEW));
     adapter_alloc(&rigsa->model);
     check("the loss starts high", rig_loss(full) > 3 && rig_loss(rigsa) > 3);
@@ -1712,8 +1620,7 @@ static void test_overfit(void)
 }
 
 // How many arguments there are; the last is followed by NULL.
-static int count_words(char **argv)
-{
+static int count_words(char **argv) {
     int n = 0;
     while (argv[n]) n++;
     return n;
@@ -1721,8 +1628,7 @@ static int count_words(char **argv)
 
 // What main() does with these arguments, which end with NULL. And does everything learn and decay at its own
 // rate?
-static void whole_run(const void *argument)
-{
+static void whole_run(const void *argument) {
     static Run run;
     char **argv = (char **)argument;
     int argc = count_words(argv);
@@ -1737,8 +1643,7 @@ static void whole_run(const void *argument)
 
 // A run of each method on files. The same seed gives the same ticket, to the bit, and another seed another
 // one.
-static void test_whole_runs(void)
-{
+static void test_whole_runs(void) {
     static const struct { const char *out, *seed, *method; } runs[] = {
         { "first", "1", "rigsa" }, { "again", "1", "rigsa" }, { "other", "2", "rigsa" },
         { "full", "1", "full" } };
@@ -1772,8 +1677,7 @@ static void test_whole_runs(void)
     check("another seed", hash[2] != hash[0]);
 }
 
-static int holds(const char *path, const char *text)
-{
+static int holds(const char *path, const char *text) {
     size_t length;
     char *bytes = whole_file(path, &length);
     return memmem(bytes, length, text, strlen(text)) != NULL;
@@ -1781,8 +1685,7 @@ static int holds(const char *path, const char *text)
 
 // Whether the outputs in the folder `out` are of one run only, the one that began first (`old`) or the one
 // that overwrites it; with `all`, whether all of them are there. Returns NULL, or the file that is wrong.
-static const char *mixed(const char *out, int old, int all)
-{
+static const char *mixed(const char *out, int old, int all) {
     static const struct { const char *file, *old, *new; } outputs[] = {
         { "settings.txt", " rigsa", " full" }, { "table.csv", "\nticket", "\nfull" },
         { "pruning.csv", "\n1,0,q,", NULL },
@@ -1802,8 +1705,7 @@ static const char *mixed(const char *out, int old, int all)
 
 // A run is overwritten by one of another method that dies before each of its steps from file to file. The
 // folder is always one run's, --resume brings it to its end, and then it has all that this run has.
-static void test_overwritten(void)
-{
+static void test_overwritten(void) {
     char *base = in_folder("base.bin"), *data = in_folder("data.bin"), *eval = in_folder("eval.bin");
     char *out = in_folder("over"), state[PATH_MAX];
     snprintf(state, sizeof state, "%s/state.bin", out);
@@ -1839,8 +1741,7 @@ static void test_overwritten(void)
 // -----------------------------------------------------------------------------------------------------------
 // Evaluation, options
 
-static void test_scores(void)
-{
+static void test_scores(void) {
     static uint32_t choices[] = { 3, 2, 2 }, gold[] = { 1, 0, 1 }, chars[] = { 1, 10, 2, 2, 4, 5, 5 };
     static const Verdict verdict[] = {
         { .logp = -3, .exact = 1 }, { .logp = -5 }, { .logp = -4 },     // the best: 0; per character 1
@@ -1861,8 +1762,7 @@ static void test_scores(void)
 }
 
 // What judge() should say of example e, from the logits.
-static Verdict judge_naive(Run *run, size_t e)
-{
+static Verdict judge_naive(Run *run, size_t e) {
     size_t V = run->model.config.V;
     Verdict verdict = { .exact = 1 };
     rig_batch(run, e, e + 1);
@@ -1881,8 +1781,7 @@ static Verdict judge_naive(Run *run, size_t e)
     return verdict;
 }
 
-static void judge_all(const void *argument)
-{
+static void judge_all(const void *argument) {
     Run *run = (Run *)argument;
     for (size_t e = 0; e < run->data.examples; )
         e += judge(&run->model, run->verdict, &run->batch, &run->data, e);
@@ -1890,8 +1789,7 @@ static void judge_all(const void *argument)
 
 // Every answer is made what the model would say, but for the first token of one and the last of another. All
 // examples are judged at once, and only as many at a time as there is room for.
-static void test_judge(void)
-{
+static void test_judge(void) {
     static const struct { size_t N, M; } room[] = { { 33, 14 }, { 20, 14 }, { 33, 8 } };
     static const int exact[] = { 1, 0, 1, 0 };
     Run *run = rig_make(ODD, FEW, COUNT_OF(FEW));
@@ -1920,8 +1818,7 @@ static void test_judge(void)
 }
 
 // How many tokens have a row of their own, by the definition: no earlier example begins with the same tokens.
-static size_t rows_naive(const Data *data)
-{
+static size_t rows_naive(const Data *data) {
     size_t rows = 0;
     for (size_t e = 0; e < data->examples; e++)
         for (size_t t = 0; t < data->length[e]; t++) {
@@ -1935,8 +1832,7 @@ static size_t rows_naive(const Data *data)
 // A forest is exact: loss, log-probabilities and all gradients are those of one example at a time, whatever a
 // batch shares: nothing, everything up to the answer, a part of the answer, whole examples twice; of three
 // trees, mixed.
-static void test_forest(void)
-{
+static void test_forest(void) {
     static const Shape shape[] = { { 70, 66 }, { 9, 4 }, { 75, 66 }, { 68, 66 }, { 9, 4 },
         { 30, 20 }, { 9, 6 } };
     static const struct { const char *what; uint32_t like[7], same[7]; } cases[] = {
@@ -1977,16 +1873,14 @@ static void test_forest(void)
         }
 }
 
-static void parse(const void *argument)
-{
+static void parse(const void *argument) {
     char **argv = (char **)argument;
     int argc = count_words(argv);
     parse_options(argc, argv);
     fputs(settings_text(), stdout);
 }
 
-static void test_options(void)
-{
+static void test_options(void) {
     static const struct { const char *argv[6], *word; } wrong[] = {
         { { "", "--bogus", "1" }, "bogus" }, { { "", "lr", "1" }, "`lr`" },
         { { "", "--lr" }, "needs a value" },
@@ -2018,8 +1912,7 @@ static void test_options(void)
 static const char *stories;  // a base file with the section `pieces`: per token its length and its text
 
 // Greedy decoding from token 1, which begins a text. The whole sequence is computed again for every token.
-static void test_story(void)
-{
+static void test_story(void) {
     static const char known[] = " Once upon a time, there was a little girl named Lily. "
                                 "She loved to play outside in the park. One day, she saw a big, red ball.";
     enum { MOST = 120 };
@@ -2057,16 +1950,14 @@ static void test_story(void)
 
 // Steps of a machine that works at rate[n] on n threads, in a clock of its own, up to `end`. Returns the
 // share of its time that was lost, beside always using the fastest number.
-static double use_threads(Threads *t, const double rate[9], double *now, double end)
-{
+static double use_threads(Threads *t, const double rate[9], double *now, double end) {
     double begin = *now, fastest = 0, done = 0, step = 0.01;
     for (int n = 1; n <= t->most; n++) fastest = fmax(fastest, rate[n]);
     for (int n = t->used; *now < end; n = next_threads(t, *now, step)) *now += step / rate[n], done += step;
     return 1 - done / (fastest * (*now - begin));
 }
 
-static void test_thread_number(void)
-{
+static void test_thread_number(void) {
     static const double
         alone[9] = { 0, 1, 1.9, 2.7, 3.5, 4.2, 5, 5.6, 6.2 }, even[9] = { 0, 1, 1, 1, 1, 1, 1, 1, 1 },
         busy[9] = { 0, 1, .4, .3, .2, .1, .05, .05, .05 },
@@ -2096,8 +1987,7 @@ static void test_thread_number(void)
 // Logits
 
 // W of a ticket whose pruned entries rest at their initial values (dev/baselines.c), entry by entry.
-static const float *resting_weight_naive(Model *model, Tensor *t)
-{
+static const float *resting_weight_naive(Model *model, Tensor *t) {
     size_t a = (size_t)t->adapter, k = 0;
     const Tensor *delta = delta_tensor(model, a);
     const float alpha = gates_tensor(model)->value[a];
@@ -2113,8 +2003,7 @@ static const Adapter RESTING_NAIVE = { resting_weight_naive, NULL };
 
 // Writes the logits (M, V) of all answer rows, in fp32. `path`: base, data, the file to write, and a ticket
 // or NULL.
-static void write_logits(char **path)
-{
+static void write_logits(char **path) {
     Run *run = allocate(1, sizeof(Run));
     base_load(&run->model, path[0]);
     resting = &RESTING_NAIVE;
@@ -2136,8 +2025,7 @@ static void write_logits(char **path)
 // dev/evaluate.c: a past, generation, details; and the metric `loss`
 
 // By hand, and by the definition of a mean's error: a sample of loss_e - r n_e, over the mean of n_e.
-static void test_loss(void)
-{
+static void test_loss(void) {
     enum { MOST = 50 };
     uint32_t length[MOST], answer[MOST];
     Verdict verdict[MOST] = { { .logp = -3 }, { .logp = -5 } };
@@ -2166,8 +2054,7 @@ static void test_loss(void)
 }
 
 // n tokens by themselves: what should follow?
-static void lay_alone(Batch *batch, const uint32_t *token, uint32_t n)
-{
+static void lay_alone(Batch *batch, const uint32_t *token, uint32_t n) {
     batch->S = 1;
     batch->K = n;
     batch->all.n = batch->answer.n = 0;
@@ -2179,16 +2066,14 @@ static void lay_alone(Batch *batch, const uint32_t *token, uint32_t n)
 }
 
 // Activations as evaluations by generation have them: a cache for each layer.
-static void rig_caches(Run *run)
-{
+static void rig_caches(Run *run) {
     size_t tokens = run->data.tokens;
     run->model.acts = (Activations){ 0 };
     acts_alloc(&run->model, (Largest){ tokens, run->data.longest, tokens, tokens, run->model.config.L }, 0);
 }
 
 // A sequence in three parts, beside another one: what the last part says is what the whole says.
-static void test_past(void)
-{
+static void test_past(void) {
     static const uint32_t part[] = { 0, 1, 71, 130 };
     Run *run = rig_make(ODD, LONG, COUNT_OF(LONG));
     Batch *batch = &run->batch;
@@ -2225,8 +2110,7 @@ static void test_past(void)
 // A tokenizer with a letter, a digit or a point for each token.
 static const char SPELLING[] = "abcdefghijklmnopqrstuvwxyz-,. 0123456789ABCDEFGHIJKLM";
 
-static void spell(Generation *g)
-{
+static void spell(Generation *g) {
     char *piece = allocate(ODD.V, 5);
     g->piece = allocate(ODD.V, sizeof *g->piece);
     for (size_t t = 0; t < ODD.V; t++) {
@@ -2239,8 +2123,7 @@ static void spell(Generation *g)
 }
 
 // What example e should say, by whole forward passes without a cache: fills out, returns how many tokens.
-static size_t say_naive(Run *run, const Generation *g, size_t e, uint32_t *out)
-{
+static size_t say_naive(Run *run, const Generation *g, size_t e, uint32_t *out) {
     uint32_t prompt = run->data.answer[e], token[64];
     char text[64];
     for (uint32_t t = 0; t < prompt; t++) token[t] = tokens_of(&run->data, e)[t];
@@ -2259,8 +2142,7 @@ static size_t say_naive(Run *run, const Generation *g, size_t e, uint32_t *out)
 
 // Eleven examples in eight slots, prompts of 1 to 41 tokens in batches of 17 rows. First up to the limit;
 // then with a token that ends one of them and a text, of two tokens, that stops another.
-static void test_generation(void)
-{
+static void test_generation(void) {
     static Shape shape[11];
     uint32_t naive[32], end = ODD.V;
     char stop[] = "zz\0ab";
@@ -2301,8 +2183,7 @@ static void test_generation(void)
     }
 }
 
-static void test_text(void)
-{
+static void test_text(void) {
     static const struct { const char *said; const char *text; double number; } cases[] = {
         { "a 1 b-2,345.5.", "a 1 b-2,345.5.", -2345.5 }, { "it is 18. STOP 19", "it is 18. ", 18 },
         { "none, -.", "none, -.", NAN }, { "", "", NAN }, { "ENDSTOP 7", "", NAN }, { "7 STO", "7 STO", 7 },
@@ -2330,8 +2211,7 @@ static void test_text(void)
     }
 }
 
-static void evaluation(const void *argument)
-{
+static void evaluation(const void *argument) {
     static Run run;
     char **argv = (char **)argument;
     int argc = count_words(argv);
@@ -2339,8 +2219,7 @@ static void evaluation(const void *argument)
 }
 
 // From the file to the details, and what is wrong with such files. The trainer itself refuses them.
-static void test_generation_file(void)
-{
+static void test_generation_file(void) {
     static const uint32_t vocab[] = { 5, 4 }, length[] = { 4, 3 }, answer[] = { 2, 1 }, end = 5;
     static const uint32_t token[] = { 0, 1, 4, 3, 2, 3, 3 };
     static const char pieces[] = "\1\0\0\0001" "\0\0\0\0" "\1\0\0\0\"" "\2\0\0\0a\n" "\1\0\0\0007";
@@ -2395,8 +2274,7 @@ static void test_generation_file(void)
 }
 
 // A base with a ticket, whose W takes W0's place: what details say of an example is what the adapter says.
-static void test_details(void)
-{
+static void test_details(void) {
     char *base = in_folder("base.bin"), *ticket = in_folder("ticket.bin"), *data = in_folder("data.bin");
     char *details = in_folder("details_ticket"), line[512];
     Run *run = rig_adapter(ODD, 0.3);
@@ -2482,8 +2360,7 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "text", test_text },
     { "generation from a file", test_generation_file }, { "details", test_details } };
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     static const char *const fixture = "dev/fixture.bin";
     int next = 1;
     begin_program(argv);

@@ -235,8 +235,7 @@ struct Model {
     uint32_t *index_arena;
 };
 
-static Tensor *layer_tensor(Model *model, size_t l, int kind)
-{
+static Tensor *layer_tensor(Model *model, size_t l, int kind) {
     return &model->tensors[1 + l * PER_LAYER + kind];
 }
 static Tensor *final_norm(Model *model) { return &model->tensors[1 + model->config.L * PER_LAYER]; }
@@ -251,14 +250,12 @@ typedef enum { FP32, BF16 } Precision;
 static Precision precision;
 
 // To bfloat16, ties to even. A NaN stays one: the carry out of its mantissa could make it a zero.
-static inline uint32_t round_bf16(float x)
-{
+static inline uint32_t round_bf16(float x) {
     union { float f; uint32_t i; } u = { x };
     return (x == x ? u.i + 0x7FFF + (u.i >> 16 & 1) : 0x7FC00000) >> 16;
 }
 
-static inline float widen_bf16(uint16_t x)
-{
+static inline float widen_bf16(uint16_t x) {
     union { uint32_t i; float f; } u = { (uint32_t)x << 16 };
     return u.f;
 }
@@ -305,8 +302,7 @@ static View turned(const float *x, size_t width) { return (View){ x, 1, width };
 // are this one function, but for dW where few entries survive, and so are attention's. This is what it means.
 // The fast one, in section 8, must equal it.
 __attribute__((unused))
-static void matmul_naive(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
-{
+static void matmul_naive(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
     for (size_t i = 0; i < M; i++)
         for (size_t j = 0; j < N; j++) {
             float sum = 0;
@@ -331,8 +327,7 @@ static double sampled_below(void);      // the density below which that is faste
 
 // The finalizer of splitmix64 (Steele, Lea & Flood 2014): a bijection of 64 bits; each input bit flips half
 // of the others.
-static inline uint64_t mix(uint64_t z)
-{
+static inline uint64_t mix(uint64_t z) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return z ^ z >> 31;
@@ -341,8 +336,7 @@ static inline uint64_t mix(uint64_t z)
 enum { STREAM_DELTA, STREAM_ORDER };
 
 // The key of one stream of random numbers: `stream` says what for, `a` and `b` which.
-static uint64_t random_key(uint64_t seed, uint64_t stream, uint64_t a, uint64_t b)
-{
+static uint64_t random_key(uint64_t seed, uint64_t stream, uint64_t a, uint64_t b) {
     return mix(mix(mix(mix(seed + GOLDEN) + stream) + a) + b);
 }
 
@@ -350,8 +344,7 @@ static uint64_t random_key(uint64_t seed, uint64_t stream, uint64_t a, uint64_t 
 // out to 8 sigma, but in steps of sigma / 4. Two 16-bit uniforms, each one step wide, fill the steps (the
 // density is piecewise linear, its kurtosis 2.97). Twice the sum plus one is odd, so the value is never zero
 // and always has a sign. Its variance is 2^34 (64 / 4 + 2 / 12).
-static inline float normal(uint64_t key, uint64_t index, float sigma)
-{
+static inline float normal(uint64_t key, uint64_t index, float sigma) {
     uint64_t coins = mix(key + (2 * index + 1) * GOLDEN), fill = mix(key + (2 * index + 2) * GOLDEN);
     int steps = __builtin_popcountll(coins) - 32;
     int z = steps * 65536 + (int)(fill & 0xFFFF) + (int)(fill >> 16 & 0xFFFF) - 65535;
@@ -359,22 +352,19 @@ static inline float normal(uint64_t key, uint64_t index, float sigma)
 }
 
 // The key of DeltaW of adapted matrix a.
-static uint64_t delta_key(const Model *model, size_t a)
-{
+static uint64_t delta_key(const Model *model, size_t a) {
     return random_key(model->init.seed, STREAM_DELTA, a, model->init.draw);
 }
 
 // What survivor k of a DeltaW started from.
-static inline float initial(const Tensor *delta, uint64_t key, size_t k, float sigma)
-{
+static inline float initial(const Tensor *delta, uint64_t key, size_t k, float sigma) {
     return normal(key, delta->index ? delta->index[k] : k, sigma);
 }
 
 // Rewinding: DeltaW and the gates back to where a pass starts from.
 static const float FIRST_GATE = 1e-6f;
 
-static void rewind_adapter(Model *model)
-{
+static void rewind_adapter(Model *model) {
     for (size_t a = 0; a < matrices(model); a++) {
         Tensor *delta = delta_tensor(model, a);
         uint64_t key = delta_key(model, a);
@@ -384,15 +374,13 @@ static void rewind_adapter(Model *model)
     }
 }
 
-static inline float frozen(const Tensor *t, size_t i)
-{
+static inline float frozen(const Tensor *t, size_t i) {
     return t->bf16 ? widen_bf16(t->bf16[i]) : t->value[i];
 }
 
 // The weight: W = W0 + alpha * (mask . DeltaW), one pass over the matrix. A pruned entry is not stored, and
 // there W is the pretrained weight again.
-static const float *rigsa_weight(Model *model, Tensor *t)
-{
+static const float *rigsa_weight(Model *model, Tensor *t) {
     const size_t a = (size_t)t->adapter;
     const Tensor *delta = delta_tensor(model, a);
     const float alpha = gates_tensor(model)->value[a], *value = delta->value;
@@ -413,8 +401,7 @@ static const float *rigsa_weight(Model *model, Tensor *t)
 // added in order: the same bits for any number of threads.
 enum { PARTS = 256 };
 
-static double sum_of_parts(const double *part)
-{
+static double sum_of_parts(const double *part) {
     double sum = 0;
     for (int p = 0; p < PARTS; p++) sum += part[p];
     return sum;
@@ -422,8 +409,7 @@ static double sum_of_parts(const double *part)
 
 // The gradient. With dW = dy^T x:     dDeltaW += alpha * mask . dW          dalpha += sum(dW . mask . DeltaW)
 // Where few entries survive, only they are computed: dw then has one value per survivor.
-static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
-{
+static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     const size_t a = (size_t)t->adapter, O = t->rows, I = t->cols;
     Tensor *delta = delta_tensor(model, a), *gates = gates_tensor(model);
     const uint32_t *index = delta->index;
@@ -450,16 +436,14 @@ static const Adapter RIGSA = { rigsa_weight, rigsa_gradient };
 
 // The plain adapter: W = W0. The gradient of the weight itself, where it is trained (`--method full`): dW0 +=
 // dy^T x.
-static const float *plain_weight(Model *model, Tensor *t)
-{
+static const float *plain_weight(Model *model, Tensor *t) {
     if (!t->bf16) return t->value;
     #pragma omp parallel for simd
     for (size_t i = 0; i < t->n; i++) model->scratch[i] = widen_bf16(t->bf16[i]);
     return model->scratch;
 }
 
-static void plain_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
-{
+static void plain_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     (void)model;
     if (t->grad) matmul(t->grad, t->cols, turned(dy, t->rows), view(x, t->cols), t->rows, t->cols, N, 1);
 }
@@ -479,8 +463,7 @@ typedef struct { size_t survivors, ties; float threshold; } Cut;    // all above
 
 // The k-th largest magnitude in x (n), 1 <= k <= n, bit by bit from the top: magnitudes are in the order of
 // their bits.
-static float kth_largest(const float *x, size_t n, size_t k)
-{
+static float kth_largest(const float *x, size_t n, size_t k) {
     union { uint32_t bits; float value; } found = { 0 };
     for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
         size_t above = 0;
@@ -493,8 +476,7 @@ static float kth_largest(const float *x, size_t n, size_t k)
 }
 
 // Of x (n) the share `keep` of the candidates, the entries that are not zero.
-static Cut cut_magnitudes(const float *x, size_t n, size_t candidates, double keep)
-{
+static Cut cut_magnitudes(const float *x, size_t n, size_t candidates, double keep) {
     Cut cut = { .survivors = (size_t)floor(keep * (double)candidates + 0.5), .threshold = INFINITY };
     if (cut.survivors == 0) return cut;
     cut.threshold = kth_largest(x, n, cut.survivors);
@@ -504,8 +486,7 @@ static Cut cut_magnitudes(const float *x, size_t n, size_t candidates, double ke
 }
 
 // Whether x is above the cut, or one of the ties that still fit.
-static int survives(Cut *cut, float x)
-{
+static int survives(Cut *cut, float x) {
     if (fabsf(x) > cut->threshold) return 1;
     if (fabsf(x) < cut->threshold || cut->ties == 0) return 0;
     cut->ties--;
@@ -513,8 +494,7 @@ static int survives(Cut *cut, float x)
 }
 
 // What has changed its sign becomes zero, which is below every threshold. Returns how many.
-static size_t zero_flipped(Tensor *delta, uint64_t key, float sigma)
-{
+static size_t zero_flipped(Tensor *delta, uint64_t key, float sigma) {
     size_t flipped = 0;
     #pragma omp parallel for reduction(+:flipped)
     for (size_t k = 0; k < delta->n; k++) {
@@ -527,8 +507,7 @@ static size_t zero_flipped(Tensor *delta, uint64_t key, float sigma)
 
 // One round: fills pruned (matrices), stores only the survivors from now on, and sends them where `then`
 // says.
-static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors then)
-{
+static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors then) {
     size_t count = matrices(model), entries = 0, candidates = 0, survivors = 0, at = 0;
     Cut *cut = allocate(count, sizeof(Cut));
     for (size_t a = 0; a < count; a++) {
@@ -586,15 +565,13 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
 
 // out (N, C) = the rows of from (..., C) that index names: tokens' embeddings, answer rows, keys of a shared
 // prefix.
-static void gather_forward(float *out, const float *from, const uint32_t *index, size_t N, size_t C)
-{
+static void gather_forward(float *out, const float *from, const uint32_t *index, size_t N, size_t C) {
     #pragma omp parallel for
     for (size_t n = 0; n < N; n++) memcpy(out + n * C, from + index[n] * C, C * sizeof(float));
 }
 
 // dfrom[index[n]] += dout[n]. A row may be named many times, so threads share the columns, not the rows.
-static void gather_backward(float *dfrom, const float *dout, const uint32_t *index, size_t N, size_t C)
-{
+static void gather_backward(float *dfrom, const float *dout, const uint32_t *index, size_t N, size_t C) {
     enum { COLUMNS = 16 };                                              // a cache line of them at a time
     #pragma omp parallel for
     for (size_t first = 0; first < C; first += COLUMNS)
@@ -605,8 +582,7 @@ static void gather_backward(float *dfrom, const float *dout, const uint32_t *ind
 // out (N, C) = x * rstd * w, with w (C) and rstd (N) = 1 / sqrt(mean(x^2) + eps), which the backward pass
 // needs, too.
 static void rmsnorm_forward(float *out, float *rstd, const float *x, const float *w, float eps,
-                            size_t N, size_t C)
-{
+                            size_t N, size_t C) {
     #pragma omp parallel for
     for (size_t n = 0; n < N; n++) {
         const float *x_n = x + n * C;
@@ -623,8 +599,7 @@ static void rmsnorm_forward(float *out, float *rstd, const float *x, const float
 //     dx_c += r w_c dy_c - x_c r^3 / C sum_j(dy_j w_j x_j)          dw_c += sum_n dy_c x_c r
 // dw is NULL when the norm is frozen.
 static void rmsnorm_backward(float *dx, float *dw, const float *dy, const float *x, const float *w,
-                             const float *rstd, size_t N, size_t C)
-{
+                             const float *rstd, size_t N, size_t C) {
     #pragma omp parallel for
     for (size_t n = 0; n < N; n++) {
         const float *x_n = x + n * C, *dy_n = dy + n * C;
@@ -645,8 +620,7 @@ static void rmsnorm_backward(float *dx, float *dw, const float *dy, const float 
 
 // cosine and sine (T, D / 2) of the angle position * theta^(-2i / D), in single precision as Hugging Face
 // computes it.
-static void rope_table(float *cosine, float *sine, size_t T, size_t D, float theta)
-{
+static void rope_table(float *cosine, float *sine, size_t T, size_t D, float theta) {
     for (size_t t = 0; t < T; t++)
         for (size_t i = 0; i < D / 2; i++) {
             float frequency = 1.0f / powf(theta, (float)(2 * i) / (float)D);
@@ -658,8 +632,7 @@ static void rope_table(float *cosine, float *sine, size_t T, size_t D, float the
 // Rotates the pairs (i, i + D/2) of every head of x (N, heads, D), in place, by the angle of the row's
 // position. The backward pass of a rotation is the rotation back: direction -1.
 static void rope(float *x, const float *cosine, const float *sine, const uint32_t *position, float direction,
-                 size_t N, size_t heads, size_t D)
-{
+                 size_t N, size_t heads, size_t D) {
     size_t pairs = D / 2;
     #pragma omp parallel for
     for (size_t n = 0; n < N; n++) {
@@ -681,8 +654,7 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
 // stays NaN. Unlike libm's it has no branch and no call, so the loops around it become vector code. Out of
 // its range it computes nonsense, and only then chooses.
 
-static inline float exponential(float x)
-{
+static inline float exponential(float x) {
     // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
     const union { float f; uint32_t i; } magic = { 12582912.0f };
     union { float f; uint32_t i; } rounded = { x * 1.44269504f + magic.f }, low, high;
@@ -725,13 +697,11 @@ typedef struct { float *p, *dp, *q, *dq, *out, *dout; } Block;         // (queri
 // Keys in whole vectors, so that no loop over them has a rest. What is not a key that the query may see is
 // masked.
 static size_t whole_vectors(size_t keys) { return round_up(keys, LANES); }
-static size_t block_floats(size_t G, size_t T, size_t D)
-{
+static size_t block_floats(size_t G, size_t T, size_t D) {
     return max_size(QUERIES, G) * (2 * whole_vectors(T) + 4 * D);
 }
 
-static Block thread_block(const Attention *a)
-{
+static Block thread_block(const Attention *a) {
     size_t G = a->H / a->KV, queries = max_size(QUERIES, G);
     size_t wide = queries * whole_vectors(a->T), narrow = queries * a->D;
     float *p = a->blocks + (size_t)omp_get_thread_num() * block_floats(G, a->T, a->D), *q = p + 2 * wide;
@@ -740,15 +710,13 @@ static Block thread_block(const Attention *a)
 
 // to (rows, width) = from (rows, ...), whose rows start `stride` apart; rows of `to` are `to_stride` apart.
 static void copy_rows(float *to, size_t to_stride, const float *from, size_t stride,
-                      size_t rows, size_t width)
-{
+                      size_t rows, size_t width) {
     for (size_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * stride, width * sizeof(float));
 }
 
 // The largest of x (n), n in whole vectors. LANES running maxima: a single one is a chain that gcc may not
 // reorder.
-static float maximum(const float *x, size_t n)
-{
+static float maximum(const float *x, size_t n) {
     float lane[LANES], highest = x[0];
     for (int i = 0; i < LANES; i++) lane[i] = highest;
     for (size_t j = 0; j < n; j += LANES) {
@@ -760,8 +728,7 @@ static float maximum(const float *x, size_t n)
 }
 
 static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v,
-                              const Attention *a)
-{
+                              const Attention *a) {
     size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, step = max_size(1, QUERIES / G), longest = 0;
     const uint32_t *start = a->query->start, *position = a->query->position;
     float scale = 1.0f / sqrtf((float)D);
@@ -805,8 +772,7 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
 // share, accumulate.
 static void attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out,
                                const float *lse, const float *q, const float *k, const float *v,
-                               const Attention *a)
-{
+                               const Attention *a) {
     size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, step = max_size(1, QUERIES / G);
     const uint32_t *start = a->query->start, *position = a->query->position;
     float scale = 1.0f / sqrtf((float)D);
@@ -858,16 +824,14 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
 static size_t share_of(size_t n) { return round_up(n / (size_t)omp_get_max_threads() + 1, 64); }
 
 // h = silu(gate) * up, all (n), with silu(g) = g sigmoid(g).
-static void swiglu_forward(float *h, const float *gate, const float *up, size_t n)
-{
+static void swiglu_forward(float *h, const float *gate, const float *up, size_t n) {
     #pragma omp parallel for simd schedule(static, share_of(n))
     for (size_t i = 0; i < n; i++) h[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
 // dup = dh silu(gate)          dgate = dh up silu'(gate), silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g)))
 static void swiglu_backward(float *dgate, float *dup, const float *dh, const float *gate, const float *up,
-                            size_t n)
-{
+                            size_t n) {
     #pragma omp parallel for simd schedule(static, share_of(n))
     for (size_t i = 0; i < n; i++) {
         float g = gate[i], sigmoid = 1.0f / (1.0f + exponential(-g));
@@ -879,8 +843,7 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, const flo
 // For each row of logits (M, V): logp, the log-probability of its target, and best, its most likely token
 // (the first on ties).
 static void crossentropy_forward(float *logp, uint32_t *best, const float *logits, const uint32_t *target,
-                                 size_t M, size_t V)
-{
+                                 size_t M, size_t V) {
     #pragma omp parallel for
     for (size_t i = 0; i < M; i++) {
         const float *row = logits + i * V;
@@ -898,8 +861,7 @@ static void crossentropy_forward(float *logp, uint32_t *best, const float *logit
 // The loss is -weight * sum_i logp_i:     dlogits_j = weight (softmax_j - [j is the target]), written over
 // the logits. softmax_j = exp(logits_j - logit of the target + logp).
 static void crossentropy_backward(float *logits, const float *logp, const uint32_t *target, float weight,
-                                  size_t M, size_t V)
-{
+                                  size_t M, size_t V) {
     #pragma omp parallel for
     for (size_t i = 0; i < M; i++) {
         float *row = logits + i * V, shift = row[target[i]] - logp[i];
@@ -924,8 +886,7 @@ static void crossentropy_backward(float *logits, const float *logp, const uint32
 // where a line forks, two gradients meet and are added: dx is that of the line below, dxn of the one above.
 
 // y (N, O) = x (N, I) W^T, or += with `add`.
-static void linear_forward(Model *model, float *y, Tensor *t, const float *x, size_t N, int add)
-{
+static void linear_forward(Model *model, float *y, Tensor *t, const float *x, size_t N, int add) {
     const float *w = model->adapter.weight(model, t);
     size_t O = t->rows, I = t->cols;
     matmul(y, O, view(x, I), turned(w, I), N, O, I, add);                               // y = x W^T
@@ -933,8 +894,7 @@ static void linear_forward(Model *model, float *y, Tensor *t, const float *x, si
 
 // dx (N, I) = dy (N, O) W, or += with `add`; the adapter adds to its gradients.
 static void linear_backward(Model *model, float *dx, Tensor *t, const float *x, const float *dy,
-                            size_t N, int add)
-{
+                            size_t N, int add) {
     const float *w = model->adapter.weight(model, t);
     size_t O = t->rows, I = t->cols;
     matmul(dx, I, view(dy, O), view(w, I), N, I, O, add);                               // dx = dy W
@@ -942,8 +902,7 @@ static void linear_backward(Model *model, float *dx, Tensor *t, const float *x, 
 }
 
 // The chosen rows of x (N, C), next to each other in picked; x itself when all are chosen.
-static const float *pick(float *picked, const float *x, const Rows *rows, size_t C)
-{
+static const float *pick(float *picked, const float *x, const Rows *rows, size_t C) {
     if (!rows->row) return x;
     gather_forward(picked, x, rows->row, rows->n, C);
     return picked;
@@ -954,8 +913,7 @@ static const float *pick(float *picked, const float *x, const Rows *rows, size_t
 static int keys_are_copied(const Batch *batch) { return batch->key_place || batch->K != batch->all.n; }
 
 // The batch's keys, or values, x (N, n): where they are, or copied to a stretch per sequence, copies (K, n).
-static const float *stretches(float *copies, const float *x, const Batch *batch, size_t n)
-{
+static const float *stretches(float *copies, const float *x, const Batch *batch, size_t n) {
     if (!keys_are_copied(batch)) return x;
     if (!batch->key_place) gather_forward(copies, x, batch->key_row, batch->K, n);
     else for (size_t i = 0; i < batch->K; i++)
@@ -964,21 +922,18 @@ static const float *stretches(float *copies, const float *x, const Batch *batch,
 }
 
 // The rows that a layer's queries, attention output and feed-forward are computed for.
-static const Rows *query_rows(const Model *model, const Batch *batch, size_t l)
-{
+static const Rows *query_rows(const Model *model, const Batch *batch, size_t l) {
     return l + 1 == model->config.L ? &batch->answer : &batch->all;
 }
 
-static Attention layer_attention(const Model *model, const Batch *batch, size_t l)
-{
+static Attention layer_attention(const Model *model, const Batch *batch, size_t l) {
     const Config *c = &model->config;
     return (Attention){ query_rows(model, batch, l), batch->key_start, model->acts.blocks,
                         batch->S, c->H, c->KV, c->D, model->acts.T };
 }
 
 // Everything of layer l that its backward pass reads, from its input layer->x.
-static void layer_forward(Model *model, const Batch *batch, size_t l)
-{
+static void layer_forward(Model *model, const Batch *batch, size_t l) {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
     Layer *layer = &acts->layer[l];
@@ -1008,8 +963,7 @@ static void layer_forward(Model *model, const Batch *batch, size_t l)
 
 // Where the layers share their arrays: a copy for the backward pass, in bfloat16 with that precision, or
 // `back` from it.
-static void layer_copy(Activations *acts, size_t l, int back)
-{
+static void layer_copy(Activations *acts, size_t l, int back) {
     float *x = acts->layer[l].x, *saved = acts->layer[l].saved;
     float *to = back ? x : saved, *from = back ? saved : x;
     uint16_t *halves = (uint16_t *)saved;
@@ -1023,8 +977,7 @@ static void layer_copy(Activations *acts, size_t l, int back)
 }
 
 // From the tokens to the residual stream before the final norm, acts.layer[L].x (M, C).
-static void model_forward(Model *model, const Batch *batch)
-{
+static void model_forward(Model *model, const Batch *batch) {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
     assert(batch->all.n <= acts->N && batch->answer.n <= acts->M);
@@ -1048,8 +1001,7 @@ static void model_forward(Model *model, const Batch *batch)
 // and the final norm, into acts.dx (M, C).
 enum { HEAD_ROWS = 512 };
 
-static double head_forward_backward(Model *model, const Batch *batch, float weight)
-{
+static double head_forward_backward(Model *model, const Batch *batch, float weight) {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
     Tensor *norm = final_norm(model), *head = head_tensor(model);
@@ -1077,8 +1029,7 @@ static double head_forward_backward(Model *model, const Batch *batch, float weig
 
 // Attention's part of a layer's backward pass, from acts.datt to dq, dk and dv, which are gradients before
 // rope.
-static void layer_attention_backward(Model *model, const Batch *batch, size_t l)
-{
+static void layer_attention_backward(Model *model, const Batch *batch, size_t l) {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
     Layer *layer = &acts->layer[l];
@@ -1104,8 +1055,7 @@ static void layer_attention_backward(Model *model, const Batch *batch, size_t l)
 
 // The mirror of model_forward: dx (R, C), the gradient of the layer's output, becomes that of its input,
 // layer by layer.
-static void model_backward(Model *model, const Batch *batch)
-{
+static void model_backward(Model *model, const Batch *batch) {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
     size_t N = batch->all.n, C = c->C, F = c->F;
@@ -1162,8 +1112,7 @@ static void model_backward(Model *model, const Batch *batch)
 // where it should be, and a step uses both unrounded. With a b2 of .999 v could be off by all of its value.
 static size_t moment_size(void) { return precision == BF16 ? sizeof(uint16_t) : sizeof(float); }
 
-static inline float stored(const float *x, size_t i, int narrow)
-{
+static inline float stored(const float *x, size_t i, int narrow) {
     return narrow ? widen_bf16(((const uint16_t *)x)[i]) : x[i];
 }
 
@@ -1171,8 +1120,7 @@ static const float BETA1 = 0.9f, BETA2 = 0.95f, ADAM_EPS = 1e-8f;
 static const double CLIP = 1;
 
 static void adamw(float *w, float *m, float *v, const float *dw, float lr, float decay, float clip,
-                  size_t t, size_t n)
-{
+                  size_t t, size_t n) {
     enum { BLOCK = 1024 };                                  // of moments, widened where they are narrow
     const float step = (float)(lr / (1 - pow(BETA1, (double)t)));
     const float root = (float)(1 / sqrt(1 - pow(BETA2, (double)t))), shrink = 1.0f - lr * decay;
@@ -1200,8 +1148,7 @@ static void adamw(float *w, float *m, float *v, const float *dw, float lr, float
 }
 
 // The norm of all gradients together.
-static double gradient_norm(const Model *model)
-{
+static double gradient_norm(const Model *model) {
     double squares = 0, part[PARTS];
     for (const Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++) {
         if (!t->grad) continue;
@@ -1220,8 +1167,7 @@ static double gradient_norm(const Model *model)
 // The step-th update (from 1) of a pass; `factor` of the schedule scales all learning rates. A gradient whose
 // norm exceeds CLIP is scaled down to it: one wild batch must not undo what others taught. Returns 0, and
 // changes nothing, if it is not finite.
-static int model_update(Model *model, size_t step, float factor)
-{
+static int model_update(Model *model, size_t step, float factor) {
     double norm = gradient_norm(model);
     if (!isfinite(norm)) return 0;
     float clip = norm > CLIP ? (float)(CLIP / norm) : 1;
@@ -1234,8 +1180,7 @@ static void model_zero_grad(Model *model) { memset(model->grad_arena, 0, model->
 
 // The learning rate's factor in update t (from 1) of `updates`: over a share `warmup` a line up, over the
 // last `cooldown` one down. A share of 0 is no bound: the quotient is infinite.
-static float schedule(size_t t, size_t updates, double warmup, double cooldown)
-{
+static float schedule(size_t t, size_t updates, double warmup, double cooldown) {
     double up = warmup * (double)updates, down = cooldown * (double)updates, left = (double)(updates - t) + 1;
     return (float)fmin(1, fmin((double)t / up, left / down));
 }
@@ -1269,38 +1214,33 @@ typedef struct {
 static const uint32_t *tokens_of(const Data *data, size_t e) { return data->token + data->offset[e]; }
 
 // How many tokens examples a and b begin with together.
-static size_t common_prefix(const Data *data, size_t a, size_t b)
-{
+static size_t common_prefix(const Data *data, size_t a, size_t b) {
     size_t t = 0, most = min_size(data->length[a], data->length[b]);
     while (t < most && tokens_of(data, a)[t] == tokens_of(data, b)[t]) t++;
     return t;
 }
 
-static int comes_before(const Data *data, size_t a, size_t b)
-{
+static int comes_before(const Data *data, size_t a, size_t b) {
     size_t t = common_prefix(data, a, b);
     if (t == data->length[a] || t == data->length[b]) return data->length[a] < data->length[b];
     return tokens_of(data, a)[t] < tokens_of(data, b)[t];
 }
 
-static uint32_t batch_row(Batch *batch, uint32_t token, uint32_t position)
-{
+static uint32_t batch_row(Batch *batch, uint32_t token, uint32_t position) {
     batch->token[batch->all.n] = token;
     batch->all.position[batch->all.n] = position;
     return (uint32_t)batch->all.n++;
 }
 
 // This row, at this position of its sequence, predicts the target.
-static void batch_answer(Batch *batch, uint32_t row, uint32_t position, uint32_t target)
-{
+static void batch_answer(Batch *batch, uint32_t row, uint32_t position, uint32_t target) {
     batch->answer.row[batch->answer.n] = row;
     batch->answer.position[batch->answer.n] = position;
     batch->target[batch->answer.n++] = target;
 }
 
 // Lays n examples out as a forest. (`example` may be batch->example.)
-static void batch_lay(Batch *batch, const Data *data, const uint32_t *example, size_t n)
-{
+static void batch_lay(Batch *batch, const Data *data, const uint32_t *example, size_t n) {
     batch->all.n = batch->answer.n = batch->K = 0;
     for (size_t i = 0; i < n; i++) {                        // insertion sort
         size_t j = i;
@@ -1409,14 +1349,12 @@ static void adapter_alloc(Model *model);                // a dense adapter at it
 static void rigsa_finish(Run *run);
 static const char *label(const Run *run, size_t pass);  // "base", "1", "2", ..., "ticket"
 
-static size_t pass_examples(const Run *run, size_t pass)
-{
+static size_t pass_examples(const Run *run, size_t pass) {
     return pass == run->passes ? opt.ticket_examples : opt.examples;
 }
 
 // The updates of all passes before this one.
-static size_t updates_before(const Run *run, size_t pass)
-{
+static size_t updates_before(const Run *run, size_t pass) {
     size_t n = 0;
     for (size_t p = 1; p < pass; p++) n += (pass_examples(run, p) + opt.batch - 1) / opt.batch;
     return n;
@@ -1424,8 +1362,7 @@ static size_t updates_before(const Run *run, size_t pass)
 
 // order = the examples of one pass: whole permutations of the data (Fisher and Yates), a fresh one each time
 // round, until there are `count`.
-static void visit_order(uint32_t *order, const Data *data, size_t count, uint64_t seed, size_t pass)
-{
+static void visit_order(uint32_t *order, const Data *data, size_t count, uint64_t seed, size_t pass) {
     const size_t n = data->examples;
     for (size_t at = 0, epoch = 0; at < count; at += n, order += n, epoch++) {
         uint64_t key = random_key(seed, STREAM_ORDER, pass, epoch);
@@ -1439,8 +1376,7 @@ static void visit_order(uint32_t *order, const Data *data, size_t count, uint64_
     }
 }
 
-static size_t answer_tokens(const Data *data, const uint32_t *example, size_t count)
-{
+static size_t answer_tokens(const Data *data, const uint32_t *example, size_t count) {
     size_t n = 0;
     for (size_t i = 0; i < count; i++) n += data->length[example[i]] - data->answer[example[i]];
     return n;
@@ -1448,8 +1384,7 @@ static size_t answer_tokens(const Data *data, const uint32_t *example, size_t co
 
 // A micro-batch is one forward pass: the gradients, from zero, of the loss of its n examples, counted once
 // for each of the batch's answer tokens. Returns the sum of the loss.
-static double micro_gradient(Run *run, const uint32_t *example, size_t n, size_t answers)
-{
+static double micro_gradient(Run *run, const uint32_t *example, size_t n, size_t answers) {
     Model *model = &run->model;
     batch_lay(&run->batch, &run->data, example, n);
     model_zero_grad(model);
@@ -1463,8 +1398,7 @@ static size_t micro_batch(size_t count) { return opt.micro ? min_size(opt.micro,
 
 // Gradients of the mean loss over the answer tokens of `count` examples: the sum over micro-batches, in their
 // order. Returns that loss.
-static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
-{
+static double loss_and_gradient(Run *run, const uint32_t *example, size_t count) {
     Model *model = &run->model;
     size_t micro = micro_batch(count), n = model->trained;
     size_t answers = answer_tokens(&run->data, example, count);
@@ -1482,8 +1416,7 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
 }
 
 // Update t of a pass, on `count` examples. Returns the loss.
-static double update(Run *run, size_t pass, size_t t, const uint32_t *example, size_t count)
-{
+static double update(Run *run, size_t pass, size_t t, const uint32_t *example, size_t count) {
     size_t updates = updates_before(run, pass + 1) - updates_before(run, pass);
     double loss = ranks.gradient(run, example, count);
     if (!isfinite(loss) || !model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown)))
@@ -1495,8 +1428,7 @@ static double update(Run *run, size_t pass, size_t t, const uint32_t *example, s
 }
 
 // One pass, or what is left of it.
-static void train_pass(Run *run, size_t pass)
-{
+static void train_pass(Run *run, size_t pass) {
     const size_t count = pass_examples(run, pass), before = updates_before(run, pass);
     visit_order(run->order, &run->data, count, run->model.init.seed, pass);
     for (size_t at; (at = (run->updates - before) * opt.batch) < count; ) {
@@ -1510,8 +1442,7 @@ static void train_pass(Run *run, size_t pass)
 }
 
 // All passes that are left: of RIGSA the rounds, each with its pruning, then the ticket's.
-static void train(Run *run)
-{
+static void train(Run *run) {
     for (size_t pass = run->rows; pass <= run->passes; pass++) {
         if (method.begin_pass) method.begin_pass(run, pass);
         train_pass(run, pass);
@@ -1524,8 +1455,7 @@ static void train(Run *run)
 
 static void rigsa_prepare(Run *run) { run->passes = opt.rounds + 1; }
 
-static void rigsa_start(Run *run)
-{
+static void rigsa_start(Run *run) {
     Model *model = &run->model;
     model->init = (Init){ opt.seed, 0, model->init.rest, (float)opt.sigma };
     adapter_alloc(model);
@@ -1535,8 +1465,7 @@ static void rigsa_start(Run *run)
     }
 }
 
-static void rigsa_end_pass(Run *run, size_t pass, Row *row)
-{
+static void rigsa_end_pass(Run *run, size_t pass, Row *row) {
     Pruned *pruned = run->pruned + (pass - 1) * matrices(&run->model);
     if (pass == run->passes) return;
     prune(&run->model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
@@ -1562,8 +1491,7 @@ static Method method = { "ticket", rigsa_prepare, rigsa_start, NULL, rigsa_end_p
 
 // Lays out the examples from `first` on, as many as surely fit into one batch; returns how many. That each
 // shares with the one before it in the file is a lower bound of what a forest shares.
-static size_t batch_fill(Batch *batch, const Data *data, size_t first, const Activations *acts)
-{
+static size_t batch_fill(Batch *batch, const Data *data, size_t first, const Activations *acts) {
     size_t n = 0, rows = 0, answers = 0, keys = 0;
     for (size_t e = first; e < data->examples; e++) {
         rows += data->length[e] - (n ? common_prefix(data, e, e - 1) : 0);
@@ -1577,8 +1505,7 @@ static size_t batch_fill(Batch *batch, const Data *data, size_t first, const Act
 }
 
 // Verdicts on the examples from `first` on, as many as fit into one batch; returns how many.
-static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *data, size_t first)
-{
+static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *data, size_t first) {
     const Activations *acts = &model->acts;
     size_t n = batch_fill(batch, data, first, acts);
     model_forward(model, batch);
@@ -1599,8 +1526,7 @@ static size_t judge(Model *model, Verdict *verdict, Batch *batch, const Data *da
 // The loss is a ratio of sums, r = sum_e loss_e / sum_e n_e over m documents with n_e answer tokens. Its
 // error is that of the mean of loss_e - r n_e, by the mean of n_e:
 //     sqrt(m / (m - 1) sum_e (loss_e - r n_e)^2) / sum_e n_e
-static Score score_loss(const Verdict *verdict, const Data *data)
-{
+static Score score_loss(const Verdict *verdict, const Data *data) {
     double loss = 0, tokens = 0, squares = 0, m = (double)data->examples;
     for (size_t e = 0; e < data->examples; e++) {
         loss -= verdict[e].logp;
@@ -1614,8 +1540,7 @@ static Score score_loss(const Verdict *verdict, const Data *data)
 }
 
 // The share of right answers. Its error is a sample's, as in lm-evaluation-harness: with n - 1.
-static Score score_verdicts(const Verdict *verdict, const Data *data)
-{
+static Score score_verdicts(const Verdict *verdict, const Data *data) {
     size_t right = 0;
     if (data->metric == LOSS) return score_loss(verdict, data);
     if (!data->choices)
@@ -1634,8 +1559,7 @@ static Score score_verdicts(const Verdict *verdict, const Data *data)
     return (Score){ p, sqrt(p * (1 - p) / (double)max_size(data->questions - 1, 1)) };
 }
 
-static Score evaluate(Run *run, const Data *data)
-{
+static Score evaluate(Run *run, const Data *data) {
     for (size_t e = 0, n; e < data->examples; e += n) {
         n = judge(&run->model, run->verdict, &run->batch, data, e);
         after_scores(run, data, e + n, run->batch.K);
@@ -1695,8 +1619,7 @@ static const Kernel *kernel(void);          // for this precision, on this machi
 static inline void transpose_block(vec row[LANES]);     // a block of LANES x LANES
 
 // LANES floats, `step` apart, of which n exist; zero stands for the others.
-static inline vec load_lanes(const float *from, size_t step, size_t n)
-{
+static inline vec load_lanes(const float *from, size_t step, size_t n) {
     union { vec all; float one[LANES]; } lanes = { { 0 } };
     if (step == 1 && n >= LANES) return *(const vec_at *)from;
     for (size_t i = 0; i < min_size(n, LANES); i++) lanes.one[i] = from[i * step];
@@ -1704,16 +1627,14 @@ static inline vec load_lanes(const float *from, size_t step, size_t n)
 }
 
 // Operands in bfloat16, where no instruction multiplies those: rounded, and multiplied in fp32.
-static void round_operands(float *x, size_t n)
-{
+static void round_operands(float *x, size_t n) {
     if (precision == FP32) return;
     for (size_t i = 0; i < n; i++) x[i] = widen_bf16((uint16_t)round_bf16(x[i]));
 }
 
 // Where neighbours lie side by side, steps are copied one after the other. Otherwise blocks are transposed;
 // where width is no multiple of LANES, a store spills into the next step's place, which is written after it.
-static void pack(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes)
-{
+static void pack(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes) {
     if (strip.row == 1)
         for (size_t k = 0; k < K; k++) {
             const float *from = strip.at + k * strip.col;
@@ -1742,8 +1663,7 @@ static inline vec broadcast(float x) { return x - (vec){ 0 }; }         // x + 0
 // A tile of nv vectors; `madd` is a constant wherever this is inlined.
 static inline __attribute__((always_inline))
 void tile_of(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t rows, size_t cols, int add,
-             int nv, MultiplyAdd *madd)
-{
+             int nv, MultiplyAdd *madd) {
     vec sum[MR][NV] = { 0 };
     for (size_t r = 0; r < rows; r++)
         for (int v = 0; v < nv; v++) __builtin_prefetch(c + r * ldc + v * LANES, 1);    // needed at the end
@@ -1783,8 +1703,7 @@ void tile_of(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t 
     else tile_of(c, ldc, a, b, lanes, rows, cols, add, NV, madd)
 
 static void tile(float *c, size_t ldc, View a, const float *b, size_t lanes,
-                 size_t rows, size_t cols, int add)
-{
+                 size_t rows, size_t cols, int add) {
     TILE_BY_WIDTH(multiply_add);
 }
 
@@ -1803,13 +1722,11 @@ static _Thread_local float *packed_a, *packed_b;
 #else
 static int choose_threads(double work) { return (void)work, 0; }
 static const Kernel *kernel(void) { return &EVERYWHERE; }
-static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
-{
+static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
     return (void)c, (void)ldc, (void)a, (void)b, (void)M, (void)N, (void)K, (void)add, 0;
 }
 
-static inline void transpose_block(vec row[LANES])
-{
+static inline void transpose_block(vec row[LANES]) {
     float from[LANES][LANES], to[LANES][LANES];
     memcpy(from, row, sizeof from);
     for (int i = 0; i < LANES; i++) for (int j = 0; j < LANES; j++) to[j][i] = from[i][j];
@@ -1817,8 +1734,7 @@ static inline void transpose_block(vec row[LANES])
 }
 
 // to (cols, SPAN) = from (rows, stride), transposed, as operands; zero stands where there are no more rows.
-static void transpose_span(float *to, const float *from, size_t stride, size_t rows, size_t cols)
-{
+static void transpose_span(float *to, const float *from, size_t stride, size_t rows, size_t cols) {
     for (size_t c = 0; c < cols; c++)
         for (size_t r = 0; r < SPAN; r++) to[c * SPAN + r] = r < rows ? from[r * stride + c] : 0;
     round_operands(to, cols * SPAN);
@@ -1827,8 +1743,7 @@ static void transpose_span(float *to, const float *from, size_t stride, size_t r
 // Each survivor is a dot product of two columns, of dy and of x. Threads share the entries, and each has its
 // own x^T.
 static void sampled_product(float *dw, const uint32_t *index, size_t n, const float *dy, const float *x,
-                            float *x_t, size_t O, size_t I, size_t N)
-{
+                            float *x_t, size_t O, size_t I, size_t N) {
     memset(dw, 0, n * sizeof(float));
     #pragma omp parallel
     {
@@ -1853,8 +1768,7 @@ static double sampled_below(void) { return 0.25; }
 #endif
 
 // The product on one thread. In fp32, rows of a that lie along k are read where they are.
-static void matmul_alone(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
-{
+static void matmul_alone(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
     if (matmul_few(c, ldc, a, b, M, N, K, add)) return;
     if (!packed_a) packed_a = floats(PACKED_A), packed_b = floats(PACKED_B);
     const Kernel *use = kernel();
@@ -1893,8 +1807,7 @@ static void matmul_alone(float *c, size_t ldc, View a, View b, size_t M, size_t 
 // another, and none reads what another has just written. The grid keeps the rectangles' sides, which are what
 // is packed twice, short. Each element of c has one order of its sum: the same bits for any number of
 // threads. A thread among others (attention's) computes all of c.
-static void matmul(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
-{
+static void matmul(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
     if (K == 0 && !add)
         for (size_t i = 0; i < M; i++) memset(c + i * ldc, 0, N * sizeof(float));
     if (omp_in_parallel()) {
@@ -1923,8 +1836,7 @@ static void matmul(float *c, size_t ldc, View a, View b, size_t M, size_t N, siz
 
 // A user's error: one line, whatever a file had us quote, that says what is wrong, where, and what to run to
 // mend it.
-static void die(const char *format, ...)
-{
+static void die(const char *format, ...) {
     char text[2 * PATH_MAX];
     va_list arguments;
     va_start(arguments, format);
@@ -1938,8 +1850,7 @@ static void die(const char *format, ...)
 }
 
 // The place of the word in "a|b|c", or -1.
-static int choice_place(const char *words, const char *text)
-{
+static int choice_place(const char *words, const char *text) {
     for (int i = 0; ; i++, words++) {
         size_t length = strcspn(words, "|");
         if (strlen(text) == length && !strncmp(words, text, length)) return i;
@@ -1949,8 +1860,7 @@ static int choice_place(const char *words, const char *text)
 }
 
 // Zeroed memory on a cache line of its own.
-static void *allocate(size_t count, size_t size)
-{
+static void *allocate(size_t count, size_t size) {
     size_t bytes;
     if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX - 64)
         die("out of memory: %zu x %zu", count, size);
@@ -1963,8 +1873,7 @@ static void *allocate(size_t count, size_t size)
 static float *floats(size_t count) { return allocate(count, sizeof(float)); }
 static uint32_t *integers(size_t count) { return allocate(count, sizeof(uint32_t)); }
 
-static double seconds(void)
-{
+static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -1972,8 +1881,7 @@ static double seconds(void)
 
 // Hash of n bytes: a sum over 64-bit words, each mixed with its position, so that any number of threads finds
 // the same one.
-static uint64_t hash64(const void *data, size_t n)
-{
+static uint64_t hash64(const void *data, size_t n) {
     const char *bytes = data;
     size_t words = n / 8, rest = n % 8;
     uint64_t sum = mix(n), last = 0;
@@ -2004,8 +1912,7 @@ static const char MAGIC[] = "rigsa.c\n";
 
 static size_t padded(size_t length) { return (length + 7) / 8 * 8; }  // the next section starts on 8 bytes
 
-static const char *mend(const char *kind)
-{
+static const char *mend(const char *kind) {
     if (!strcmp(kind, "base")) return "make it again with dev/export_hf.py (dev/nano/base.bin: `make nano`)";
     if (!strcmp(kind, "data")) return "make it again with prepro_mnist.py (files of dev/nano: `make nano`)";
     return strcmp(kind, "stat") ? "train it again" : "start again without --resume";
@@ -2013,8 +1920,7 @@ static const char *mend(const char *kind)
 
 // to (n bytes) = what the file has from byte `at` on. It may change: all that is used is in memory of ours,
 // where its hash is checked.
-static void file_read(const File *file, void *to, size_t n, size_t at)
-{
+static void file_read(const File *file, void *to, size_t n, size_t at) {
     ssize_t got = 1;
     for (size_t done = 0; done < n && got > 0; done += (size_t)got)
         got = pread(file->fd, (char *)to + done, n - done, (off_t)(at + done));
@@ -2022,8 +1928,7 @@ static void file_read(const File *file, void *to, size_t n, size_t at)
 }
 
 // Opens a file of this kind and checks that it is whole: header, length, and that its sections lie within it.
-static File file_open(const char *path, const char *kind)
-{
+static File file_open(const char *path, const char *kind) {
     struct stat info;
     File file = { path, kind, open(path, O_RDONLY | O_NONBLOCK), 0, 0, NULL }; // do not wait for a pipe
     if (file.fd < 0 && errno == ENOENT && *path != '/' && strcmp(kind, "stat"))
@@ -2065,8 +1970,7 @@ static void file_close(File *file) { close(file->fd), free(file->head); }
 // behind them; the hash is checked. *count: how many there must be, or ANY, and then how many there are.
 // NULL when there is no such section.
 #define ANY ((size_t)-1)
-static void *section_at(void *to, const File *file, const char *tag, size_t *count, size_t size)
-{
+static void *section_at(void *to, const File *file, const char *tag, size_t *count, size_t size) {
     size_t at = sizeof(FileHeader), wanted = *count;
     const SectionHeader *head = file->head, *end = head + file->sections;
     for (; head < end && strncmp(head->tag, tag, sizeof head->tag); head++)
@@ -2084,28 +1988,24 @@ static void *section_at(void *to, const File *file, const char *tag, size_t *cou
     return to;
 }
 
-static void *section(const File *file, const char *tag, size_t size, size_t *count)
-{
+static void *section(const File *file, const char *tag, size_t size, size_t *count) {
     *count = ANY;
     return section_at(NULL, file, tag, count, size);
 }
 
 // One that must be there, with as many values.
-static void *needed_at(void *to, const File *file, const char *tag, size_t count, size_t size)
-{
+static void *needed_at(void *to, const File *file, const char *tag, size_t count, size_t size) {
     to = section_at(to, file, tag, &count, size);
     if (!to) die("%s: has no section `%s`", file->path, tag);
     return to;
 }
 
-static void *needed(const File *file, const char *tag, size_t count, size_t size)
-{
+static void *needed(const File *file, const char *tag, size_t count, size_t size) {
     return needed_at(NULL, file, tag, count, size);
 }
 
 // The same, of numbers that must be finite.
-static void numbers_at(float *to, const File *file, const char *tag, size_t n, size_t size)
-{
+static void numbers_at(float *to, const File *file, const char *tag, size_t n, size_t size) {
     int bad = 0;
     needed_at(to, file, tag, n, size);
     #pragma omp parallel for reduction(|:bad)
@@ -2118,20 +2018,17 @@ static void numbers_at(float *to, const File *file, const char *tag, size_t n, s
 // `path` is either the old file or the new one, whole. These return 0 or an errno.
 typedef struct { char path[PATH_MAX + 8]; } TemporaryPath;
 
-static TemporaryPath temporary(const char *path)
-{
+static TemporaryPath temporary(const char *path) {
     TemporaryPath to;
     snprintf(to.path, sizeof to.path, "%s.tmp", path);
     return to;
 }
 
-static FILE *file_begin(const char *path)
-{
+static FILE *file_begin(const char *path) {
     return fopen(ranks.rank ? "/dev/null" : temporary(path).path, "wb");
 }
 
-static int file_rename(const char *from, const char *to)
-{
+static int file_rename(const char *from, const char *to) {
     TemporaryPath folder = temporary(to);
     char *slash = strrchr(folder.path, '/');
     if (rename(from, to)) return errno;
@@ -2142,8 +2039,7 @@ static int file_rename(const char *from, const char *to)
 }
 
 // f, from file_begin, becomes `path`. If something goes wrong, the file of before is still there.
-static int file_end(FILE *f, const char *path)
-{
+static int file_end(FILE *f, const char *path) {
     int error = 0;
     if (!f) return errno;
     if (ferror(f) || fflush(f) || fsync(fileno(f))) error = errno;
@@ -2155,8 +2051,7 @@ static int file_end(FILE *f, const char *path)
 }
 
 // A file of sections.
-static int file_write(const char *path, const char *kind, const Section *section, size_t count)
-{
+static int file_write(const char *path, const char *kind, const Section *section, size_t count) {
     static const char zeros[8];
     FILE *f = file_begin(path);
     if (!f) return errno;
@@ -2175,14 +2070,12 @@ static int file_write(const char *path, const char *kind, const Section *section
     return file_end(f, path);
 }
 
-static void must_write(const char *path, int error)
-{
+static void must_write(const char *path, int error) {
     if (error) die("%s: cannot be written: %s", path, strerror(error));
 }
 
 // to (size) = a text that CSV and JSON can have as it is; empty where there is no such section.
-static void data_text(char *to, size_t size, const File *file, const char *tag)
-{
+static void data_text(char *to, size_t size, const File *file, const char *tag) {
     size_t n;
     char *text = section(file, tag, 1, &n);
     for (size_t i = 0; i < n; i++)
@@ -2194,8 +2087,7 @@ static void data_text(char *to, size_t size, const File *file, const char *tag)
 }
 
 // What evaluations have besides.
-static void data_evaluation(Data *data, const File *file)
-{
+static void data_evaluation(Data *data, const File *file) {
     const char *path = data->path;
     char metric[16] = "";
     data_text(metric, sizeof metric, file, "metric");
@@ -2218,8 +2110,7 @@ static void data_evaluation(Data *data, const File *file)
 }
 
 // data->token = the section's tokens of `width` bytes each, widened.
-static void data_tokens(Data *data, const File *file, uint32_t width)
-{
+static void data_tokens(Data *data, const File *file, uint32_t width) {
     if (width != 1 && width != 2 && width != 4) die("%s: %u bytes per token", data->path, width);
     const char *raw = needed(file, "tokens", data->tokens, width);
     data->token = integers(data->tokens);
@@ -2231,8 +2122,7 @@ static void data_tokens(Data *data, const File *file, uint32_t width)
     free((char *)raw);
 }
 
-static Data data_open(const char *path)
-{
+static Data data_open(const char *path) {
     File opened = file_open(path, "data"), *file = &opened;
     Data data = { .path = path };
     data.hash = hash64(file->head, file->sections * sizeof *file->head);    // which has the sections' hashes
@@ -2265,8 +2155,7 @@ static Data data_open(const char *path)
     return data;
 }
 
-static double mean_length(const Data *data)
-{
+static double mean_length(const Data *data) {
     return data->examples ? (double)data->tokens / (double)data->examples : 0;
 }
 
@@ -2277,8 +2166,7 @@ static double mean_length(const Data *data)
 // lack of memory. The table of tensors says where each one is.
 
 // How many values are stored in the tensors from `first` up to `end`.
-static size_t values_in(const Tensor *first, const Tensor *end)
-{
+static size_t values_in(const Tensor *first, const Tensor *end) {
     size_t n = 0;
     for (const Tensor *t = first; t < end; t++) n += t->n;
     return n;
@@ -2288,8 +2176,7 @@ static size_t adapter_entries(Model *model) { return values_in(delta_tensor(mode
 static size_t base_weights(const Model *m) { return values_in(m->tensors, m->tensors + m->base_tensors); }
 
 // Of the matrices that are adapted: as many as a dense adapter has entries.
-static size_t adapted_weights(const Model *model)
-{
+static size_t adapted_weights(const Model *model) {
     size_t n = 0;
     for (const Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
         if (t->adapter >= 0) n += t->n;
@@ -2297,16 +2184,14 @@ static size_t adapted_weights(const Model *model)
 }
 
 // Gates are not counted; NAN where the base itself is trained, or nothing.
-static double trained_density(Model *model)
-{
+static double trained_density(Model *model) {
     size_t n = 0;
     for (const Tensor *t = delta_tensor(model, 0); t < model->tensors + model->all_tensors; t++)
         if (t->grad && strcmp(t->name, "gates")) n += t->n;
     return n ? (double)n / (double)adapted_weights(model) : NAN;
 }
 
-static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const char *format, ...)
-{
+static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const char *format, ...) {
     va_list arguments;
     *t = (Tensor){ .rows = rows, .cols = cols, .n = rows * cols, .adapter = adapter };
     va_start(arguments, format);
@@ -2316,8 +2201,7 @@ static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const c
 
 static size_t largest_matrix(const Config *c) { return max_size(c->F, (size_t)c->H * c->D) * c->C; }
 
-static void check_config(const Config *c, const char *path, size_t length)
-{
+static void check_config(const Config *c, const char *path, size_t length) {
     const char *name[] = { "dim", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab" };
     const uint32_t size[] = { c->C, c->F, c->L, c->H, c->KV, c->D, c->V };
     for (int i = 0; i < 7; i++)
@@ -2333,8 +2217,7 @@ static void check_config(const Config *c, const char *path, size_t length)
 }
 
 // The table: base tensors in the order of the file, then DeltaW of every adapted matrix, then the gates.
-static void build_table(Model *model)
-{
+static void build_table(Model *model) {
     const Config *c = &model->config;
     size_t C = c->C, F = c->F, V = c->V, heads = (size_t)c->H * c->D, kv_heads = (size_t)c->KV * c->D;
     model->base_tensors = 1 + (size_t)c->L * PER_LAYER + 1 + !c->tied;
@@ -2361,8 +2244,7 @@ static void build_table(Model *model)
 }
 
 // Opens a base file: its configuration and the table, no weights yet.
-static File base_open(Model *model, const char *path)
-{
+static File base_open(Model *model, const char *path) {
     File file = file_open(path, "base");
     needed_at(&model->config, &file, "config", 1, sizeof(Config));
     check_config(&model->config, path, file.length);
@@ -2373,8 +2255,7 @@ static File base_open(Model *model, const char *path)
 
 // Reads the weights into fp32. With --precision bf16 matrices that stay frozen are held in bfloat16: exactly,
 // where the file is. A file in bfloat16 is read to where it stays so, or to the end of where it becomes wide.
-static void base_read(Model *model, File *file, int trained)
-{
+static void base_read(Model *model, File *file, int trained) {
     int halve = precision == BF16 && !trained;
     size_t n = base_weights(model), halves = halve ? adapted_weights(model) : 0;
     size_t bytes = model->config.dtype ? 2 : 4;
@@ -2405,8 +2286,7 @@ static void base_read(Model *model, File *file, int trained)
 }
 
 // Before the adapter's successor is built, so that both together need no more memory than training does.
-static void free_moments(Model *model)
-{
+static void free_moments(Model *model) {
     free(model->m_arena);
     free(model->v_arena);
     free(model->sum_arena);
@@ -2414,8 +2294,7 @@ static void free_moments(Model *model)
 }
 
 // Gradients and moments, zeroed, for the tensors of the table from `first` up to `end`; the old ones go.
-static void trained_arenas(Model *model, Tensor *first, Tensor *end)
-{
+static void trained_arenas(Model *model, Tensor *first, Tensor *end) {
     size_t n = model->trained = values_in(first, end), at = 0;
     free(model->grad_arena);
     free_moments(model);
@@ -2430,8 +2309,7 @@ static void trained_arenas(Model *model, Tensor *first, Tensor *end)
 }
 
 // Values, gradients and moments, zeroed, of the table's rows from `first` on.
-static void values_alloc(Model *model, Tensor *first)
-{
+static void values_alloc(Model *model, Tensor *first) {
     size_t at = 0;
     Tensor *end = model->tensors + model->all_tensors;
     free_moments(model);
@@ -2442,8 +2320,7 @@ static void values_alloc(Model *model, Tensor *first)
 }
 
 // A dense adapter at its initial values, with gradients and moments.
-static void adapter_alloc(Model *model)
-{
+static void adapter_alloc(Model *model) {
     values_alloc(model, delta_tensor(model, 0));
     rewind_adapter(model);
     model->adapter = RIGSA;
@@ -2451,8 +2328,7 @@ static void adapter_alloc(Model *model)
 
 typedef struct { float *memory; size_t used; } Arena;
 
-static float *take(Arena *arena, size_t n)
-{
+static float *take(Arena *arena, size_t n) {
     float *p = arena->memory ? arena->memory + arena->used : NULL;
     arena->used += round_up(n, 16);                         // every array starts on a cache line
     return p;
@@ -2465,8 +2341,7 @@ typedef struct { size_t N, T, M, K, caches; } Largest;
 // Lays activations for such batches out in memory, and returns how many floats they are. Only fp32 training
 // that does not recompute gives every layer arrays of its own; otherwise all share the first layer's, and
 // training keeps copies.
-static size_t acts_layout(Model *model, float *memory, Largest batch, int training)
-{
+static size_t acts_layout(Model *model, float *memory, Largest batch, int training) {
     const Config *c = &model->config;
     Activations *a = &model->acts;
     Arena arena = { memory, 0 };
@@ -2511,15 +2386,13 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
     return arena.used;
 }
 
-static void acts_alloc(Model *model, Largest batch, int training)
-{
+static void acts_alloc(Model *model, Largest batch, int training) {
     acts_layout(model, floats(acts_layout(model, NULL, batch, training)), batch, training);
     rope_table(model->acts.cosine, model->acts.sine, batch.T, model->config.D, model->config.theta);
     model->scratch = floats(largest_matrix(&model->config));
 }
 
-static Batch batch_alloc(size_t N, size_t M, size_t K)
-{
+static Batch batch_alloc(size_t N, size_t M, size_t K) {
     size_t S = K + 1;                                       // a sequence has at least one key
     return (Batch){ .all = { .start = integers(S), .position = integers(N) },
                     .answer = { .row = integers(M), .start = integers(S), .position = integers(M) },
@@ -2594,8 +2467,7 @@ enum { OPTIONS = sizeof table / sizeof *table, SETTINGS = OPTIONS - 4 };
 static int given[OPTIONS];                  // how often the user named it
 static char *settings_folder;                      // where relative paths of the settings start
 
-static void usage(void)
-{
+static void usage(void) {
     printf("Trains a RIGSA adapter for a SmolLM2 language model.\n\n");
     printf("    ./" PROGRAM " [--option value ...]\n\n");
     for (const Option *o = table; o < table + OPTIONS; o++) {
@@ -2606,8 +2478,7 @@ static void usage(void)
     exit(0);
 }
 
-static double parse_number(const Option *o, const char *text)
-{
+static double parse_number(const Option *o, const char *text) {
     char *end;
     double low, high, number = strtod(text, &end);
     if (end == text || *end || isspace((unsigned char)*text) || !isfinite(number))
@@ -2619,8 +2490,7 @@ static double parse_number(const Option *o, const char *text)
 }
 
 // Of a list the n-th value, which ends it.
-static void option_set(const Option *o, char *text, int n)
-{
+static void option_set(const Option *o, char *text, int n) {
     const char *choices = o->type == FLAG ? "no|yes" : o->range;
     int place = o->type == FLAG || o->type == CHOICE ? choice_place(choices, text) : 0;
     if (place < 0) die("--%s: `%s` is none of %s", o->name, text, choices);
@@ -2634,15 +2504,13 @@ static void option_set(const Option *o, char *text, int n)
     }
 }
 
-static int option_find(const char *name)
-{
+static int option_find(const char *name) {
     for (int i = 0; i < OPTIONS; i++) if (!strcmp(table[i].name, name)) return i;
     return -1;
 }
 
 // Its n-th value as a user would write it, in `word` if it is no text; NULL after the last.
-static const char *option_word(const Option *o, int n, char word[24])
-{
+static const char *option_word(const Option *o, int n, char word[24]) {
     const char *choice = o->type == FLAG ? "no|yes" : o->range;
     if (o->type == LIST) return ((char **)o->where)[n];
     if (n > 0) return NULL;
@@ -2663,8 +2531,7 @@ static const char *option_word(const Option *o, int n, char word[24])
 
 // One `name value` a line: what is printed at the start, goes with the run and its ticket, and is read by a
 // run that goes on.
-static char *settings_text(void)
-{
+static char *settings_text(void) {
     const char *word;
     char *text, room[24];
     size_t size;
@@ -2676,16 +2543,14 @@ static char *settings_text(void)
     return text;
 }
 
-static char *output_path(const char *name, char path[PATH_MAX])
-{
+static char *output_path(const char *name, char path[PATH_MAX]) {
     if (snprintf(path, PATH_MAX, "%s/%s", opt.out, name) >= PATH_MAX) die("--out: too long a path");
     return path;
 }
 
 // The settings of the run that goes on: those that the user did not give are set, the others must be the
 // same. Of files only that there is one: hashes decide.
-static void settings_resume(char *settings)
-{
+static void settings_resume(char *settings) {
     int taken[OPTIONS] = { 0 };
     for (char *line; (line = strsep(&settings, "\n")) && *line; ) {
         char room[24], name[24] = "", *value = strlen(line) > 17 ? line + 17 : "";
@@ -2708,8 +2573,7 @@ static void settings_resume(char *settings)
 }
 
 // Returns the settings of the run that goes on, or NULL.
-static char *parse_options(int argc, char **argv)
-{
+static char *parse_options(int argc, char **argv) {
     char *settings = NULL, path[PATH_MAX];
     for (const Option *o = table; o < table + OPTIONS; o++) {
         char *start = strdup(o->start), *word;
@@ -2763,15 +2627,13 @@ static struct {
 
 static const char *first_label = "base";    // dev/evaluate.c's may be "ticket"
 
-static const char *label(const Run *run, size_t pass)
-{
+static const char *label(const Run *run, size_t pass) {
     static char text[24];
     snprintf(text, sizeof text, "%zu", pass);
     return pass == 0 ? first_label : pass == run->passes ? method.name : text;
 }
 
-static const char *duration(double s)
-{
+static const char *duration(double s) {
     static char text[32];
     s = round(s);
     if (s < 120) snprintf(text, 32, "%.0f s", s);
@@ -2781,8 +2643,7 @@ static const char *duration(double s)
 }
 
 // How many bytes of an evaluation's name are shown: whole characters, if it is UTF-8.
-static int heading_width(const char *column)
-{
+static int heading_width(const char *column) {
     int n = (int)min_size(strlen(column), 15);
     while ((column[n] & 0xc0) == 0x80) n--;
     return n;
@@ -2791,8 +2652,7 @@ static int heading_width(const char *column)
 static void clear_line(void) { if (pace.terminal) printf("\r\033[K"); }
 
 // The line at the bottom of a terminal, five times a second at most; a pipe does not see it.
-static void progress(const char *what, double part)
-{
+static void progress(const char *what, double part) {
     double now = seconds(), left = (now - pace.start) * fmax(0, pace.work - pace.done) / pace.done;
     if (!pace.terminal || now - pace.shown < 0.2) return;
     pace.shown = now;
@@ -2805,8 +2665,7 @@ static void progress(const char *what, double part)
 
 // Results, in a table for people and in files for programs.
 
-static void print_row(const Run *run, const Row *row)
-{
+static void print_row(const Run *run, const Row *row) {
     const Score *score = run->score + (size_t)(row - run->row) * run->evals;
     printf("%-8s", label(run, (size_t)(row - run->row)));
     if (isnan(row->density)) printf(" %8s", "-");
@@ -2818,8 +2677,7 @@ static void print_row(const Run *run, const Row *row)
 }
 
 // The rows so far, under their heading.
-static void print_table(const Run *run)
-{
+static void print_table(const Run *run) {
     printf("\n%-8s %8s %6s %8s", "round", "density", "kept", "flipped");
     for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
         printf(" %15.*s", heading_width(eval->column), eval->column);
@@ -2828,16 +2686,14 @@ static void print_table(const Run *run)
 }
 
 // The character of a token; '?' for one that has none.
-static char glyph(const Data *data, uint32_t token)
-{
+static char glyph(const Data *data, uint32_t token) {
     for (const uint32_t *g = data->glyphs; g < data->glyphs + 2 * data->glyph_count; g += 2)
         if (g[0] == token) return (char)g[1];
     return '?';
 }
 
 // The first example of the target as the text that the model reads, with its answer.
-static void draw_example(Run *run)
-{
+static void draw_example(Run *run) {
     const Data *data = &run->eval[0];
     if (!data->glyphs) return;
     judge(&run->model, run->verdict, &run->batch, data, 0);
@@ -2851,22 +2707,19 @@ static void draw_example(Run *run)
 }
 
 // A CSV file, written anew: begun with its first line, and ended. The latter returns 0 or an errno.
-static FILE *csv_begin(const char *name, const char *heading)
-{
+static FILE *csv_begin(const char *name, const char *heading) {
     char path[PATH_MAX];
     FILE *f = file_begin(output_path(name, path));
     if (f) fputs(heading, f);
     return f;
 }
 
-static int csv_end(FILE *f, const char *name)
-{
+static int csv_end(FILE *f, const char *name) {
     char path[PATH_MAX];
     return file_end(f, output_path(name, path));
 }
 
-static int table_save(const Run *run)
-{
+static int table_save(const Run *run) {
     FILE *f = csv_begin("table.csv", "round,density,kept,flipped");
     for (size_t i = 0; f && i < run->evals; i++)
         fprintf(f, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
@@ -2882,14 +2735,12 @@ static int table_save(const Run *run)
 }
 
 // How many rounds have been pruned.
-static size_t rounds_pruned(const Run *run)
-{
+static size_t rounds_pruned(const Run *run) {
     return run->rows > 1 ? min_size(run->rows, run->passes) - 1 : 0;
 }
 
 // What the rounds kept and flipped, matrix by matrix.
-static int pruning_save(const Run *run)
-{
+static int pruning_save(const Run *run) {
     static const char *const KIND[ADAPTED] = { "q", "k", "v", "o", "gate", "up", "down" };
     size_t count = matrices(&run->model), all = rounds_pruned(run) * count;
     if (method.end_pass != rigsa_end_pass) return 0;
@@ -2900,8 +2751,7 @@ static int pruning_save(const Run *run)
     return csv_end(f, "pruning.csv");
 }
 
-static int losses_save(const Run *run)
-{
+static int losses_save(const Run *run) {
     FILE *f = csv_begin("loss.csv", "pass,update,loss\n");
     for (size_t pass = 1, at = 0; f && at < run->updates; pass++)
         for (size_t t = 1, end = updates_before(run, pass + 1); at < min_size(end, run->updates); t++)
@@ -2909,16 +2759,14 @@ static int losses_save(const Run *run)
     return csv_end(f, "loss.csv");
 }
 
-static int tables_save(const Run *run)
-{
+static int tables_save(const Run *run) {
     int error = table_save(run);
     if (!error) error = pruning_save(run);
     return error ? error : losses_save(run);
 }
 
 // What a ticket says of the adapter is enough to make W again. A dense one has no index.
-static void ticket_save(Model *model, const char *path, const char *settings)
-{
+static void ticket_save(Model *model, const char *path, const char *settings) {
     size_t count = matrices(model), n = adapter_entries(model);
     uint64_t *entries = allocate(count, sizeof(uint64_t));
     for (size_t a = 0; a < count; a++) entries[a] = delta_tensor(model, a)->n;
@@ -2933,8 +2781,7 @@ static void ticket_save(Model *model, const char *path, const char *settings)
 }
 
 // One number for mask, values and gates, to compare two runs by eye.
-static uint64_t ticket_hash(Model *model)
-{
+static uint64_t ticket_hash(Model *model) {
     Tensor *gates = gates_tensor(model);
     uint64_t hash = hash64(gates->value, gates->n * sizeof(float));
     for (const Tensor *delta = delta_tensor(model, 0); delta < gates; delta++) {
@@ -2944,8 +2791,7 @@ static uint64_t ticket_hash(Model *model)
     return hash;
 }
 
-static void rigsa_finish(Run *run)
-{
+static void rigsa_finish(Run *run) {
     char path[PATH_MAX];
     size_t n = adapter_entries(&run->model);
     ticket_save(&run->model, output_path("ticket.bin", path), run->settings);
@@ -2954,8 +2800,7 @@ static void rigsa_finish(Run *run)
 }
 
 // Which entries there are in `rows` rows of the table after the base's: all, or those in each DeltaW's index.
-static void mask_load(Model *model, const File *file, size_t rows)
-{
+static void mask_load(Model *model, const File *file, size_t rows) {
     size_t count = matrices(model), at = 0, n;
     uint64_t *entries = needed(file, "entries", rows, sizeof(uint64_t));
     free(model->index_arena);
@@ -2978,8 +2823,7 @@ static void mask_load(Model *model, const File *file, size_t rows)
 
 // The state: all that it takes to go on as if nothing had been, down to the bits. Returns 0, or an errno:
 // then the file of before is still there.
-static int state_save(Run *run, const char *path)
-{
+static int state_save(Run *run, const char *path) {
     Model *model = &run->model;
     size_t bytes = model->trained * sizeof(float), rows = model->all_tensors - model->base_tensors;
     double clock[2] = { seconds() - pace.start, pace.done };
@@ -3004,8 +2848,7 @@ static int state_save(Run *run, const char *path)
 }
 
 // Warns of an error and returns it: a full disk may be empty again when the next save is due.
-static int save(Run *run)
-{
+static int save(Run *run) {
     char path[PATH_MAX];
     int error = state_save(run, output_path("state.bin", path));
     if (!error) error = tables_save(run);
@@ -3017,8 +2860,7 @@ static int save(Run *run)
 }
 
 // How far the run was. Without a row it has only begun.
-static void state_load(Run *run, const File *file)
-{
+static void state_load(Run *run, const File *file) {
     size_t inputs, most;
     double clock[2];
     uint64_t *hash = section(file, "inputs", sizeof(uint64_t), &inputs);
@@ -3046,8 +2888,7 @@ static void state_load(Run *run, const File *file)
 }
 
 // What it had trained.
-static void trained_load(Model *model, const File *file)
-{
+static void trained_load(Model *model, const File *file) {
     needed_at(&model->init.draw, file, "draw", 1, sizeof model->init.draw);
     mask_load(model, file, model->all_tensors - model->base_tensors);
     if (!method.trains_base) values_alloc(model, delta_tensor(model, 0));
@@ -3059,14 +2900,12 @@ static void trained_load(Model *model, const File *file)
 // SIGINT or SIGTERM, or 0. The second one ends the program at once.
 static volatile sig_atomic_t asked_to_stop;
 
-static void ask_to_stop(int number)
-{
+static void ask_to_stop(int number) {
     if (asked_to_stop) signal(number, SIG_DFL), raise(number);         // asked twice: at once
     asked_to_stop = number;
 }
 
-static void stop_if_asked(Run *run)
-{
+static void stop_if_asked(Run *run) {
     int number = ranks.asked ? ranks.asked(asked_to_stop) : asked_to_stop;
     if (!number) return;
     if (save(run)) die("%s: stopped; --resume goes on from the save before", opt.out);
@@ -3074,27 +2913,23 @@ static void stop_if_asked(Run *run)
     exit(128 + number);
 }
 
-static void save_if_due(Run *run)
-{
+static void save_if_due(Run *run) {
     if (opt.save_every > 0 && seconds() - pace.saved >= opt.save_every) save(run);
     stop_if_asked(run);
 }
 
-static void step_done(double work)
-{
+static void step_done(double work) {
     pace.done += work;
     if (!choose_threads(work)) return;
     clear_line();
     printf("threads: %d are the fastest now\n", omp_get_max_threads());
 }
 
-static double training_work(size_t tokens, double density)
-{
+static double training_work(size_t tokens, double density) {
     return pace.share * (double)tokens * (2 + (isnan(density) ? 1 : density));
 }
 
-static void after_update(Run *run, size_t pass, size_t t, size_t tokens)
-{
+static void after_update(Run *run, size_t pass, size_t t, size_t tokens) {
     size_t updates = updates_before(run, pass + 1) - updates_before(run, pass);
     double loss = run->loss[run->updates - 1], now;
     pace.loss = pace.tokens ? 0.95 * pace.loss + 0.05 * loss : loss;
@@ -3111,16 +2946,14 @@ static void after_update(Run *run, size_t pass, size_t t, size_t tokens)
     progress(label(run, pass), (double)t / (double)updates);
 }
 
-static void after_scores(Run *run, const Data *data, size_t done, size_t tokens)
-{
+static void after_scores(Run *run, const Data *data, size_t done, size_t tokens) {
     step_done((double)tokens);
     stop_if_asked(run);
     progress(data->column, (double)done / (double)data->examples);
 }
 
 // Evaluates the model as it is and adds the row to the table.
-static Row *add_row(Run *run)
-{
+static Row *add_row(Run *run) {
     Row *row = &run->row[run->rows];
     *row = (Row){ trained_density(&run->model), NAN, NAN, 0 };
     pace.tokens = 0;
@@ -3140,8 +2973,7 @@ enum { OUTPUT_COUNT = sizeof OUTPUTS / sizeof *OUTPUTS };
 
 // Makes the output folder, keeps the run that it may hold, and keeps others out until this process ends,
 // however it ends.
-static void take_folder(void)
-{
+static void take_folder(void) {
     char path[PATH_MAX];
     if (ranks.rank) return;
     if (mkdir(opt.out, 0777) && errno != EEXIST)
@@ -3158,8 +2990,7 @@ static void take_folder(void)
 
 // The folder becomes this run's. What it held goes once the first state is whole, but before that takes the
 // place of the old one: at no moment are there files of two runs.
-static void start_folder(Run *run)
-{
+static void start_folder(Run *run) {
     char first[PATH_MAX], path[PATH_MAX];
     if (ranks.rank) return;
     must_write(path, state_save(run, output_path("new_state.bin", first)));
@@ -3171,8 +3002,7 @@ static void start_folder(Run *run)
 // dev/evaluate.c, which generates, needs more
 static void (*generation_room)(Largest *batch, const Run *run);
 
-static void load_data(Run *run)
-{
+static void load_data(Run *run) {
     const char *base = opt.base;
     uint32_t V = run->model.config.V;
     size_t largest = 0;
@@ -3206,8 +3036,7 @@ static void load_data(Run *run)
 }
 
 // The number after `key` at the start of a line of a file; infinity if there is none.
-static double number_in(const char *path, const char *key)
-{
+static double number_in(const char *path, const char *key) {
     char line[256];
     double number = INFINITY;
     FILE *f = fopen(path, "r");
@@ -3219,8 +3048,7 @@ static double number_in(const char *path, const char *key)
 
 // The least of free memory, ulimit -v and the limits (bytes; of either version) of our cgroup and those
 // around it; or infinity.
-static double memory_available(void)
-{
+static double memory_available(void) {
     struct rlimit space;
     char line[PATH_MAX], path[PATH_MAX + 64];
     double least = 1024 * number_in("/proc/meminfo", "MemAvailable:");
@@ -3242,8 +3070,7 @@ static double memory_available(void)
 }
 
 // `micro` training examples, or what an evaluation takes at a time.
-static Largest largest_batch(const Run *run, size_t micro)
-{
+static Largest largest_batch(const Run *run, size_t micro) {
     Largest b = { .N = micro * run->data.longest, .T = run->data.longest,
                   .M = micro * run->data.longest_answer };
     if (!run->passes) b.N = 2048;
@@ -3262,8 +3089,7 @@ static Largest largest_batch(const Run *run, size_t micro)
 }
 
 // The work of the whole run. In the first batches it is counted how many tokens share the row of another.
-static void count_work(Run *run)
-{
+static void count_work(Run *run) {
     const Data *data = &run->data;
     size_t last = pass_examples(run, run->passes), rows = 0, tokens = 0;
     size_t micro = micro_batch(opt.batch);
@@ -3287,8 +3113,7 @@ static void count_work(Run *run)
 
 // What the run needs, printed, refused if it is not there, and only then allocated. A pruned adapter has an
 // index, too, but at most four fifths of the entries.
-static void plan(Run *run)
-{
+static void plan(Run *run) {
     Model *model = &run->model;
     const Config *c = &model->config;
     int training = run->passes > 0;
@@ -3347,8 +3172,7 @@ static void plan(Run *run)
 }
 
 // Everything up to the first update: of a new run, or of one that goes on.
-static void begin_training(Run *run)
-{
+static void begin_training(Run *run) {
     char path[PATH_MAX], state[PATH_MAX];
     File file;
     output_path("state.bin", state);
@@ -3374,8 +3198,7 @@ static void begin_training(Run *run)
 }
 
 // From the options to the ticket. (dev/evaluate.c does not use it.)
-__attribute__((unused)) static void train_whole(Run *run)
-{
+__attribute__((unused)) static void train_whole(Run *run) {
     Model *model = &run->model;
     pace.start = seconds();
     pace.terminal = isatty(1);
@@ -3396,8 +3219,7 @@ __attribute__((unused)) static void train_whole(Run *run)
     method.finish(run);
 }
 
-static void check_output(void)
-{
+static void check_output(void) {
     if (!fflush(stdout) && !ferror(stdout)) return;
     fprintf(stderr, PROGRAM ": standard output could not be written\n");
     fflush(NULL);
@@ -3406,8 +3228,7 @@ static void check_output(void)
 
 // What all our programs do first. Threads that wait spin before they sleep, libgomp's for milliseconds:
 // beside a loop a run took 20 times as long (dev/LOG.md). It reads its environment before main: start again.
-static void begin_program(char **argv)
-{
+static void begin_program(char **argv) {
     (void)argv;
     for (int fd = 0; fd < 3; fd++)                          // otherwise a file would be standard output
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) _exit(1);
@@ -3423,8 +3244,7 @@ static void begin_program(char **argv)
 }
 
 #ifdef STANDALONE
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     static Run run;
     begin_program(argv);
     run.settings = parse_options(argc, argv);

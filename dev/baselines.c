@@ -95,8 +95,7 @@ static size_t blocks_of(size_t n, size_t block) { return (n + block - 1) / block
 
 // The dynamic map: 2^e evenly spaced values of order 10^(e - 6), e = 0..6, of either sign, and 0 and 1. The
 // middles of 2^e equal parts of [0.1, 1], whose ends are counted from the nearer side.
-static void fill_scale_map(void)
-{
+static void fill_scale_map(void) {
     float *positive = &scale_map[128];
     for (int e = 0; e < 7; e++) {
         int parts = 1 << e;
@@ -112,16 +111,14 @@ static void fill_scale_map(void)
     scale_map[255] = 1;
 }
 
-static float largest_magnitude(const float *x, size_t n)
-{
+static float largest_magnitude(const float *x, size_t n) {
     float largest = 0;
     for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
     return largest;
 }
 
 // Which of `count` ascending levels is nearest to x; in the middle between two, the lower.
-static uint8_t nearest(const float *level, int count, float x)
-{
+static uint8_t nearest(const float *level, int count, float x) {
     int low = 0, high = count - 1;          // the answer is one of low..high
     while (low < high) {
         int middle = (low + high) / 2;
@@ -131,8 +128,7 @@ static uint8_t nearest(const float *level, int count, float x)
     return (uint8_t)low;
 }
 
-static Nf4 nf4_quantize(const float *w, size_t n)
-{
+static Nf4 nf4_quantize(const float *w, size_t n) {
     size_t blocks = blocks_of(n, NF4_BLOCK), groups = blocks_of(blocks, SCALE_BLOCK);
     Nf4 q = { allocate((n + 1) / 2, 1), allocate(blocks, 1), floats(groups), 0 };
     float *scale = floats(blocks);
@@ -163,8 +159,7 @@ static Nf4 nf4_quantize(const float *w, size_t n)
 }
 
 // w (n) = what the codes stand for. `volatile` keeps product and sum from being fused: two roundings.
-static void nf4_expand(float *w, const Nf4 *q, size_t n)
-{
+static void nf4_expand(float *w, const Nf4 *q, size_t n) {
     #pragma omp parallel for
     for (size_t b = 0; b < blocks_of(n, NF4_BLOCK); b++) {
         volatile float product = scale_map[q->scale[b]] * q->scale_scale[b / SCALE_BLOCK];
@@ -175,8 +170,7 @@ static void nf4_expand(float *w, const Nf4 *q, size_t n)
 }
 
 // The matrices of the base become codes, and their values are gone; embeddings and norms stay.
-static void quantize_base(Model *model)
-{
+static void quantize_base(Model *model) {
     Tensor *first = model->tensors, *end = first + model->base_tensors;
     size_t n = 0, at = 0, bytes = 0, weights = 0;
     nf4 = allocate(matrices(model), sizeof(Nf4));
@@ -215,25 +209,21 @@ static void quantize_base(Model *model)
 static float *thin;                         // (2, r, N), or (r, O): products with A and B on their way
 
 // The rows of A and B^T of adapted matrix a are the last ones of the table.
-static Tensor *lora_tensor(Model *model, size_t a)
-{
+static Tensor *lora_tensor(Model *model, size_t a) {
     return &model->tensors[model->all_tensors - 2 * (matrices(model) - a)];
 }
 
-static float lora_scale(void)
-{
+static float lora_scale(void) {
     return more.lora_alpha > 0 ? (float)(more.lora_alpha / (double)more.rank) : 1.0f;
 }
 
-static void scale_values(float *to, const float *from, float s, size_t n)
-{
+static void scale_values(float *to, const float *from, float s, size_t n) {
     #pragma omp parallel for simd
     for (size_t i = 0; i < n; i++) to[i] = s * from[i];
 }
 
 // W += s B A, W in model->scratch.
-static const float *lora_add(Model *model, Tensor *t)
-{
+static const float *lora_add(Model *model, Tensor *t) {
     const Tensor *A = lora_tensor(model, (size_t)t->adapter), *B = A + 1;
     scale_values(thin, B->value, lora_scale(), B->n);
     matmul(model->scratch, t->cols, turned(thin, t->rows), view(A->value, t->cols), t->rows,
@@ -241,8 +231,7 @@ static const float *lora_add(Model *model, Tensor *t)
     return model->scratch;
 }
 
-static const float *lora_weight(Model *model, Tensor *t)
-{
+static const float *lora_weight(Model *model, Tensor *t) {
     float *w = model->scratch;
     if (nf4) nf4_expand(w, &nf4[t->adapter], t->n);
     else {
@@ -252,8 +241,7 @@ static const float *lora_weight(Model *model, Tensor *t)
     return lora_add(model, t);
 }
 
-static void lora_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
-{
+static void lora_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     Tensor *A = lora_tensor(model, (size_t)t->adapter), *B = A + 1;
     size_t r = A->rows, I = t->cols, O = t->rows;
     float *ax = thin, *bdy = thin + r * N;
@@ -266,8 +254,7 @@ static void lora_gradient(Model *model, Tensor *t, const float *x, const float *
 
 static const Adapter LORA = { lora_weight, lora_gradient };
 
-static const float *nf4_weight(Model *model, Tensor *t)
-{
+static const float *nf4_weight(Model *model, Tensor *t) {
     nf4_expand(model->scratch, &nf4[t->adapter], t->n);
     return model->scratch;
 }
@@ -276,8 +263,7 @@ static const Adapter NF4 = { nf4_weight, plain_gradient };
 
 // W = W0 + mask . DeltaW is RIGSA's with the gate at 1:     dDeltaW += mask . dW
 // The gate has no gradient.
-static void sparse_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
-{
+static void sparse_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     Tensor *delta = delta_tensor(model, (size_t)t->adapter);
     size_t O = t->rows, I = t->cols;
     if (!delta->index) {
@@ -294,8 +280,7 @@ static const Adapter SPARSE = { rigsa_weight, sparse_gradient };
 // RIGSA whose pruned entries rest at their initial values, which the generator gives back:
 //
 //     W = W0 + alpha * (mask . DeltaW + (1 - mask) . initial)
-static const float *resting_weight(Model *model, Tensor *t)
-{
+static const float *resting_weight(Model *model, Tensor *t) {
     const size_t a = (size_t)t->adapter;
     const Tensor *delta = delta_tensor(model, a);
     const float alpha = gates_tensor(model)->value[a], sigma = model->init.sigma;
@@ -317,8 +302,7 @@ static const float *resting_weight(Model *model, Tensor *t)
 //
 //     dalpha += sum(dW . (mask . DeltaW + (1 - mask) . initial))
 //             = sum(dW . mask . (DeltaW - initial)) + sum(dW . initial)
-static void resting_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
-{
+static void resting_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     const size_t a = (size_t)t->adapter, O = t->rows, I = t->cols;
     Tensor *delta = delta_tensor(model, a), *gates = gates_tensor(model);
     const float alpha = gates->value[a], sigma = model->init.sigma;
@@ -347,14 +331,12 @@ static void resting_gradient(Model *model, Tensor *t, const float *x, const floa
 
 static const Adapter RESTING = { resting_weight, resting_gradient };
 
-static const float *rosa_weight(Model *model, Tensor *t)
-{
+static const float *rosa_weight(Model *model, Tensor *t) {
     rigsa_weight(model, t);
     return lora_add(model, t);
 }
 
-static void rosa_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
-{
+static void rosa_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     sparse_gradient(model, t, x, dy, N);
     lora_gradient(model, t, x, dy, N);
 }
@@ -364,8 +346,7 @@ static const Adapter ROSA = { rosa_weight, rosa_gradient };
 // What RoSA's mask is chosen by: dW^2 of every entry, summed over the forward passes of one update.
 static float *squares;                      // (all entries) of all matrices, end to end
 
-static void squares_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
-{
+static void squares_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     float *dw = model->scratch, *sum = squares;
     for (const Tensor *before = model->tensors; before < t; before++)
         if (before->adapter >= 0) sum += before->n;
@@ -379,16 +360,14 @@ static const Adapter SQUARES = { lora_weight, squares_gradient };
 // -----------------------------------------------------------------------------------------------------------
 // Masks: floor(density * entries) of them, of each matrix or of all together
 
-static size_t matrix_size(Model *model, size_t a)
-{
+static size_t matrix_size(Model *model, size_t a) {
     return delta_tensor(model, a)->rows * delta_tensor(model, a)->cols;
 }
 
 static size_t share(double density, size_t n) { return (size_t)floor(density * (double)n); }
 
 // The entries of matrix a that its mask keeps: they are the next n of the index arena.
-static size_t set_index(Model *model, size_t a, size_t from, size_t n)
-{
+static size_t set_index(Model *model, size_t a, size_t from, size_t n) {
     delta_tensor(model, a)->index = model->index_arena + from;
     delta_tensor(model, a)->n = n;
     return from + n;
@@ -396,8 +375,7 @@ static size_t set_index(Model *model, size_t a, size_t from, size_t n)
 
 // Each subset of share(density) entries is equally likely (selection sampling: Knuth, TAOCP 3.4.2, algorithm
 // S): entry i is chosen with probability (still needed) / (still to come).
-static void mask_random(Model *model, double density)
-{
+static void mask_random(Model *model, double density) {
     size_t at = 0, all = 0;
     for (size_t a = 0; a < matrices(model); a++) all += share(density, matrix_size(model, a));
     free(model->index_arena);
@@ -413,15 +391,13 @@ static void mask_random(Model *model, double density)
 }
 
 // A ticket's mask, before the plan counts its entries, and its values, where they are DeltaW's start.
-static void mask_start(Model *model, const char *path)
-{
+static void mask_start(Model *model, const char *path) {
     File file = file_open(path, "tick");
     mask_load(model, &file, matrices(model));
     file_close(&file);
 }
 
-static void values_start(Model *model, const char *path)
-{
+static void values_start(Model *model, const char *path) {
     File file = file_open(path, "tick");
     check_base(model, &file);
     numbers_at(delta_tensor(model, 0)->value, &file, "values", adapter_entries(model), sizeof(float));
@@ -429,8 +405,7 @@ static void values_start(Model *model, const char *path)
 }
 
 // The entries with the largest scores; ties to the lower index. `score` is of all matrices, end to end.
-static void mask_largest(Model *model, const float *score, double density, Threshold over)
-{
+static void mask_largest(Model *model, const float *score, double density, Threshold over) {
     size_t all = adapted_weights(model), at = 0;
     Cut cut = { 0 };
     free(model->index_arena);
@@ -451,8 +426,7 @@ static void mask_largest(Model *model, const float *score, double density, Thres
 // -----------------------------------------------------------------------------------------------------------
 // Files: a trained base, and the `lora` kind (doc/model.md)
 
-static void base_save(const Model *model, const char *path)
-{
+static void base_save(const Model *model, const char *path) {
     Config config = model->config;
     config.dtype = 0;
     must_write(path, file_write(path, "base", (Section[]){
@@ -463,8 +437,7 @@ static void base_save(const Model *model, const char *path)
 
 typedef struct { uint32_t rank; float alpha; } LoraShape;
 
-static void lora_save(Model *model, const char *path, const char *settings)
-{
+static void lora_save(Model *model, const char *path, const char *settings) {
     const Tensor *first = lora_tensor(model, 0);
     size_t n = values_in(first, model->tensors + model->all_tensors);
     LoraShape shape = { (uint32_t)more.rank, lora_scale() * (float)more.rank };
@@ -475,8 +448,7 @@ static void lora_save(Model *model, const char *path, const char *settings)
         { "values", first->value, n * sizeof(float) } }, 4));
 }
 
-static LoraShape lora_shape(const char *path)
-{
+static LoraShape lora_shape(const char *path) {
     File file = file_open(path, "lora");
     LoraShape shape;
     needed_at(&shape, &file, "shape", 1, sizeof shape);
@@ -486,8 +458,7 @@ static LoraShape lora_shape(const char *path)
     return shape;
 }
 
-static void lora_load(Model *model, const char *path)
-{
+static void lora_load(Model *model, const char *path) {
     File file = file_open(path, "lora");
     const Tensor *first = lora_tensor(model, 0);
     size_t n = values_in(first, model->tensors + model->all_tensors);
@@ -500,15 +471,13 @@ static void lora_load(Model *model, const char *path)
 // The methods
 
 static int is_sparse(void) { return more.method >= METHOD_RANDOM; }
-static int is_low_rank(void)
-{
+static int is_low_rank(void) {
     return more.method == METHOD_LORA || more.method == METHOD_ROSA || *more.lora;
 }
 
 // Before the plan counts the table: the rows of this method after those of the base. DeltaW and the gates if
 // it is sparse, A and B^T of every matrix if it has a rank.
-static void prepare_baseline(Run *run)
-{
+static void prepare_baseline(Run *run) {
     Model *model = &run->model;
     size_t all = adapted_weights(model), lora_rows = is_low_rank() ? 2 * matrices(model) : 0, both = 0;
     Tensor *end = model->tensors + model->base_tensors;
@@ -568,8 +537,7 @@ static int frozen_gates(void) { return is_sparse() && more.init != INIT_GATED; }
 
 // Everything that is trained, at its start: DeltaW zero, behind gates that stay at 1 (or, gated, RIGSA's); B
 // zero and A ~ U(-1, 1) / sqrt(I), which is PEFT's kaiming_uniform_(a = sqrt(5)).
-static void start_trained(Model *model)
-{
+static void start_trained(Model *model) {
     Tensor *first = model->tensors + model->base_tensors, *end = model->tensors + model->all_tensors;
     if (*ticket_path) first = lora_tensor(model, 0), model->value_arena = NULL;   // the rest: the ticket's
     values_alloc(model, first);
@@ -600,8 +568,7 @@ static void start_trained(Model *model)
 }
 
 // After the base has been read.
-static void start_baseline(Run *run)
-{
+static void start_baseline(Run *run) {
     Model *model = &run->model;
     const Config *c = &model->config;
     size_t widest = max_size(max_size(c->C, c->F), (size_t)c->H * c->D);
@@ -614,8 +581,7 @@ static void start_baseline(Run *run)
 }
 
 // LT-SFT (Ansell et al. 2022): of a pass that trained everything, the entries that moved furthest.
-static void ltsft_mask(Model *model)
-{
+static void ltsft_mask(Model *model) {
     for (size_t a = 0; a < matrices(model); a++) {
         Tensor *delta = delta_tensor(model, a);  // gradients are done with: scores take their place
         for (size_t i = 0; i < delta->n; i++) delta->grad[i] = fabsf(delta->value[i]);
@@ -625,8 +591,7 @@ static void ltsft_mask(Model *model)
 
 // RoSA (Nikdan et al. 2024): the first updates of the pass with A and B alone, then the squares of one
 // update's gradients.
-static void rosa_mask(Run *run)
-{
+static void rosa_mask(Run *run) {
     Model *model = &run->model;
     size_t batch = opt.batch, count = opt.ticket_examples, steps = more.mask_after;
     if ((steps + 1) * batch > count) die("--mask-after %zu: the last pass has fewer updates", steps);
@@ -649,8 +614,7 @@ static void rosa_mask(Run *run)
 }
 
 // Before a pass, from its start or from its middle. Once there is a mask, what it keeps is trained afresh.
-static void start_pass(Run *run, size_t pass)
-{
+static void start_pass(Run *run, size_t pass) {
     Model *model = &run->model;
     int ltsft = more.method == METHOD_LTSFT && pass == 2 && !model->index_arena;
     int rosa = more.method == METHOD_ROSA && run->warm <= more.mask_after;
@@ -660,8 +624,7 @@ static void start_pass(Run *run, size_t pass)
     if (frozen_gates()) gates_tensor(model)->grad = NULL;
 }
 
-static void finish_baseline(Run *run)
-{
+static void finish_baseline(Run *run) {
     char path[PATH_MAX];
     Model *model = &run->model;
     if (is_sparse()) ticket_save(model, output_path("ticket.bin", path), run->settings);
@@ -672,8 +635,7 @@ static void finish_baseline(Run *run)
 }
 
 // Full fine-tuning: every weight is trained. It is how a base is made, too, and what forgetting looks like.
-static void start_full(Run *run)
-{
+static void start_full(Run *run) {
     Model *model = &run->model;
     Tensor *end = model->tensors + model->base_tensors;
     trained_arenas(model, model->tensors, end);
@@ -684,15 +646,13 @@ static void start_full(Run *run)
     }
 }
 
-static void start_rigsa(Run *run)
-{
+static void start_rigsa(Run *run) {
     rigsa_start(run);
     if (more.rest) run->model.adapter = RESTING;
 }
 
 // What is evaluated with the base: a ticket, the base in NF4, an adapter of low rank, or of RoSA both.
-static void start_eval(Run *run)
-{
+static void start_eval(Run *run) {
     if (!*more.lora && more.base_type == BASE_PLAIN) { start_ticket(run); return; }
     if (*more.lora) first_label = "lora";
     if (*ticket_path) ticket_load(&run->model, ticket_path);
@@ -708,8 +668,7 @@ static Method method_of[] = {
 
 static const Adapter *resting = &RESTING;
 
-static void baselines_program(Run *run, int argc, char **argv)
-{
+static void baselines_program(Run *run, int argc, char **argv) {
     run->settings = parse_options(argc, argv);
     if (more.method != METHOD_EVAL && *ticket_path) die("--ticket goes with --method eval");
     method = method_of[more.method];
@@ -718,8 +677,7 @@ static void baselines_program(Run *run, int argc, char **argv)
 }
 
 #ifndef TESTING
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     static Run run;
     begin_program(argv);
     baselines_program(&run, argc, argv);

@@ -26,8 +26,7 @@ static const struct { const char *name; Config config; size_t rows; } MODELS[] =
 
 // The adapter of RIGSA in which each entry survives with probability `density`, at random; its dense form
 // never exists.
-static void random_adapter(Model *model, double density)
-{
+static void random_adapter(Model *model, double density) {
     size_t count = matrices(model), n = 0;
     if (density >= 1) { adapter_alloc(model); return; }
     for (int fill = 0; fill < 2; fill++) {              // first count, then write
@@ -59,8 +58,7 @@ static void random_adapter(Model *model, double density)
 // Correct first, then fast
 
 // Runs these topics of test_rigsa.c; what fails a test is not timed.
-static void check_topics(const char *const *names, size_t count)
-{
+static void check_topics(const char *const *names, size_t count) {
     static const char *const fixture = "dev/fixture.bin";
     dumps = &fixture, dump_count = 1;
     for (size_t i = 0; i < count; i++) {
@@ -85,8 +83,7 @@ typedef struct {
 enum { ROUNDS = 3, MOST_CALLS = 1000 };
 static const double ROUND_SECONDS = 0.07, ENOUGH_SECONDS = 2;
 
-static int by_size(const void *a, const void *b)
-{
+static int by_size(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
@@ -95,8 +92,7 @@ static int by_size(const void *a, const void *b)
 // that take seconds. Before a job's turn all threads of the other one get the time to fall asleep (OpenBLAS's
 // spin for 26 ms), and its own to find cores of their own: a thread that wakes up may share one with another
 // for 30 ms.
-static void measure(Timing *timing, size_t count)
-{
+static void measure(Timing *timing, size_t count) {
     static double taken[2][ROUNDS * MOST_CALLS];
     size_t calls[2] = { 0 };
     double all[2] = { 0 };
@@ -136,8 +132,7 @@ typedef struct {
 enum { CHAINS = 12, LINKS = 20000 };
 static volatile float factor = 0.999f, addend = 0.001f, sink;
 
-static inline __attribute__((always_inline)) void multiply_loop(MultiplyAdd *madd)
-{
+static inline __attribute__((always_inline)) void multiply_loop(MultiplyAdd *madd) {
     #pragma omp parallel
     {
         vec x = broadcast(factor), y = broadcast(addend), sum[CHAINS];
@@ -157,8 +152,7 @@ static void bf16_loop(const void *job) { (void)job, multiply_loop(multiply_pairs
 
 #ifdef AMX_OF_BF16
 enum { AMX_LANES = 96, AMX_CALLS = 1000 };      // operands that stay in L1
-static void amx_loop(const void *job)
-{
+static void amx_loop(const void *job) {
     (void)job;
     #pragma omp parallel
     {
@@ -172,8 +166,7 @@ static void amx_loop(const void *job)
 
 enum { STREAM = 1 << 25 };              // floats: 128 MiB, more than caches hold
 
-static void read_loop(const void *job)
-{
+static void read_loop(const void *job) {
     const vec *x = job;
     enum { VECTORS = STREAM / LANES / PARTS };
     #pragma omp parallel for
@@ -185,30 +178,26 @@ static void read_loop(const void *job)
     }
 }
 
-static void copy_loop(const void *job)
-{
+static void copy_loop(const void *job) {
     float *x = (float *)job;
     #pragma omp parallel for
     for (size_t p = 0; p < PARTS; p++)
         memcpy(x + STREAM + STREAM / PARTS * p, x + STREAM / PARTS * p, STREAM / PARTS * 4);
 }
 
-static void update_loop(const void *job)
-{
+static void update_loop(const void *job) {
     float *x = (float *)job, c = factor;
     #pragma omp parallel for simd
     for (size_t i = 0; i < STREAM; i++) x[i] *= c;
 }
 
-static double least_seconds(void (*run)(const void *), const void *job)
-{
+static double least_seconds(void (*run)(const void *), const void *job) {
     Timing t = { run, job, 0, 0 };
     measure(&t, 1);
     return t.least;
 }
 
-static Limits measure_limits(int threads)
-{
+static Limits measure_limits(int threads) {
     Limits limits;
     omp_set_num_threads(threads);
     double operations = 2.0 * LANES * CHAINS * LINKS * threads, bytes = 4.0 * STREAM;

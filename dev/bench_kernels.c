@@ -15,8 +15,7 @@
 
 static Limits limits;                   // on the threads of now
 
-static float *random_floats(size_t n)
-{
+static float *random_floats(size_t n) {
     float *x = floats(n);
     #pragma omp parallel for
     for (size_t i = 0; i < n; i++) x[i] = normal(1, i, 1);
@@ -33,8 +32,7 @@ static void (*blas_threads)(int);
 
 // The library that $BLAS names, or the installed one. Python's packages bring one whose names begin with
 // scipy_.
-static void find_blas(void)
-{
+static void find_blas(void) {
     const char *name = getenv("BLAS") ? getenv("BLAS") : "libopenblas.so.0";
     void *library = dlopen(name, RTLD_NOW), *sgemm = NULL, *set = NULL;
     for (int scipy = 0; library && scipy < 2 && !(sgemm && set); scipy++) {
@@ -57,14 +55,12 @@ typedef struct {
     size_t ldc, M, N, K;
 } Product;
 
-static void run_matmul(const void *job)
-{
+static void run_matmul(const void *job) {
     const Product *p = job;
     matmul(p->c, p->ldc, p->a, p->b, p->M, p->N, p->K, 0);
 }
 
-static void run_blas(const void *job)
-{
+static void run_blas(const void *job) {
     const Product *p = job;
     enum { ROW_MAJOR = 101, AS_IS = 111, TRANSPOSED = 112 };
     blas_sgemm(ROW_MAJOR, p->a.col == 1 ? AS_IS : TRANSPOSED, p->b.col == 1 ? AS_IS : TRANSPOSED,
@@ -75,8 +71,7 @@ static void run_blas(const void *job)
 // Prints GFLOP/s, the share of the peak and how many times OpenBLAS's speed, for three products that took
 // these seconds.
 static void print_products(const char *name, double work, const double here[3], const double blas[3],
-                           double peak)
-{
+                           double peak) {
     printf("  %-26s", name);
     for (int p = 0; p < 3; p++) {
         printf("   %6.1f %3.0f %%", 1e-9 * work / here[p], 100 * work / here[p] / peak);
@@ -85,8 +80,7 @@ static void print_products(const char *name, double work, const double here[3], 
     printf("\n");
 }
 
-static void gemm_model(const char *model, const Config *c, size_t N, Precision of)
-{
+static void gemm_model(const char *model, const Config *c, size_t N, Precision of) {
     const size_t C = c->C, F = c->F, HD = (size_t)c->H * c->D, KVD = (size_t)c->KV * c->D;
     const size_t shape[ADAPTED][2] = { { HD, C }, { KVD, C }, { KVD, C }, { C, HD },
                                        { F, C }, { F, C }, { C, F } };      // (O, I)
@@ -125,8 +119,7 @@ static void gemm_model(const char *model, const Config *c, size_t N, Precision o
     print_products("all seven", work, here, blas, limits.flops[of]);
 }
 
-static void bench_gemm(void)
-{
+static void bench_gemm(void) {
     check_topics((const char *[]){ "matmul" }, 1);
     printf("\nProducts: GFLOP/s, share of the peak%s\n", blas_sgemm ? ", times OpenBLAS's speed" : "");
     for (int p = FP32; p < PRECISIONS; p++) {
@@ -142,14 +135,12 @@ static void bench_gemm(void)
 
 typedef struct { float *dw, *x_t; const float *x, *dy; const uint32_t *index; size_t n, O, I, N; } Sampled;
 
-static void run_sampled(const void *job)
-{
+static void run_sampled(const void *job) {
     const Sampled *s = job;
     sampled_product(s->dw, s->index, s->n, s->dy, s->x, s->x_t, s->O, s->I, s->N);
 }
 
-static void bench_sampled(void)
-{
+static void bench_sampled(void) {
     static const double DENSITY[] = { 1, 0.5, 0.4, 0.25, 0.1, 0.0346, 0.01 };
     check_topics((const char *[]){ "RIGSA's weight and gradient" }, 1);
     for (int p = FP32; p < PRECISIONS; p++) {
@@ -196,27 +187,23 @@ typedef struct {
 
 static const Config *const SHAPE = &MODELS[1].config;           // 135M's heads
 
-static Attention shape_of(const OneSequence *a)
-{
+static Attention shape_of(const OneSequence *a) {
     return (Attention){ &a->rows, a->rows.start, a->blocks, 1, SHAPE->H, SHAPE->KV, SHAPE->D, a->T };
 }
 
-static void run_attention_forward(const void *job)
-{
+static void run_attention_forward(const void *job) {
     const OneSequence *a = job;
     const Attention attention = shape_of(a);
     attention_forward(a->out, a->lse, a->q, a->k, a->v, &attention);
 }
 
-static void run_attention_backward(const void *job)
-{
+static void run_attention_backward(const void *job) {
     const OneSequence *a = job;
     const Attention attention = shape_of(a);
     attention_backward(a->dq, a->dk, a->dv, a->dout, a->out, a->lse, a->q, a->k, a->v, &attention);
 }
 
-static void bench_attention(void)
-{
+static void bench_attention(void) {
     size_t H = SHAPE->H, KV = SHAPE->KV, D = SHAPE->D;
     check_topics((const char *[]){ "attention" }, 1);
     printf("\nAttention of 135M, one sequence: GFLOP/s and share of the peak, "
@@ -258,50 +245,42 @@ static struct {
     Model *dense, *sparse;
 } on_rows;
 
-static void run_adamw(const void *job)
-{
+static void run_adamw(const void *job) {
     (void)job;
     adamw(on_rows.a, on_rows.c, on_rows.d, on_rows.b, 1e-3f, 1, 1, 10, ADAM_N);
 }
 
-static void run_rmsnorm_forward(const void *job)
-{
+static void run_rmsnorm_forward(const void *job) {
     (void)job;
     rmsnorm_forward(on_rows.a, on_rows.rstd, on_rows.b, on_rows.c, 1e-5f, on_rows.N, on_rows.C);
 }
 
-static void run_rmsnorm_backward(const void *job)
-{
+static void run_rmsnorm_backward(const void *job) {
     (void)job;
     rmsnorm_backward(on_rows.a, NULL, on_rows.b, on_rows.d, on_rows.c, on_rows.rstd, on_rows.N, on_rows.C);
 }
 
-static void run_rope(const void *job)
-{
+static void run_rope(const void *job) {
     (void)job;
     rope(on_rows.a, on_rows.cosine, on_rows.sine, on_rows.position, 1, on_rows.N, on_rows.H, on_rows.D);
 }
 
-static void run_swiglu_forward(const void *job)
-{
+static void run_swiglu_forward(const void *job) {
     (void)job;
     swiglu_forward(on_rows.a, on_rows.b, on_rows.c, on_rows.N * on_rows.F);
 }
 
-static void run_swiglu_backward(const void *job)
-{
+static void run_swiglu_backward(const void *job) {
     (void)job;
     swiglu_backward(on_rows.a, on_rows.b, on_rows.c, on_rows.d, on_rows.e, on_rows.N * on_rows.F);
 }
 
-static void run_weight(const void *job)
-{
+static void run_weight(const void *job) {
     Model *model = (Model *)job;
     model->adapter.weight(model, layer_tensor(model, 0, WGATE));
 }
 
-static void bench_rest(void)
-{
+static void bench_rest(void) {
     check_topics((const char *[]){ "rmsnorm", "rope", "swiglu", "PyTorch: ten steps of AdamW" }, 4);
     size_t N = MODELS[1].rows, C = SHAPE->C, F = SHAPE->F, H = SHAPE->H, D = SHAPE->D;
     const double density = 0.0346;
@@ -341,8 +320,7 @@ static void bench_rest(void)
     for (int i = 0; i < 5; i++) free(*arrays[i]);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } sections[] = {
         { "gemm", bench_gemm }, { "sampled", bench_sampled }, { "attention", bench_attention },
         { "rest", bench_rest } };

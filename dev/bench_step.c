@@ -71,39 +71,36 @@ static double part_seconds[STEP_PARTS], part_work[STEP_PARTS], since;
 static enum part stack[8] = { IN_REST };
 static int depth;
 
-static double seen_keys(const void *attention)       // by all queries together, times H D
-{
+// by all queries together, times H D
+static double seen_keys(const void *attention) {
     const Attention *a = attention;
     double keys = 0;
     for (size_t r = 0; r < a->query->n; r++) keys += a->query->position[r] + 1;
     return keys * (double)(a->H * a->D);
 }
 
-static void charge(void)                // the time since the last change belongs to the part that runs
-{
+// the time since the last change belongs to the part that runs
+static void charge(void) {
     double now = seconds();
     part_seconds[stack[depth]] += now - since;
     since = now;
 }
 
-static void enter(enum part part)
-{
+static void enter(enum part part) {
     if (omp_get_thread_num()) return;
     charge();
     enum part from = stack[depth];
     stack[++depth] = part != IN_PRODUCT ? part : from == IN_GRADIENT ? IN_DW : from;
 }
 
-static void leave(double work)
-{
+static void leave(double work) {
     if (omp_get_thread_num()) return;
     charge();
     if (stack[depth] != stack[depth - 1]) part_work[stack[depth]] += work;
     depth--;
 }
 
-static const float *timed_weight(Model *model, Tensor *t)
-{
+static const float *timed_weight(Model *model, Tensor *t) {
     const Tensor *delta = delta_tensor(model, (size_t)t->adapter);
     enter(IN_WEIGHT);
     const float *w = RIGSA.weight(model, t);
@@ -112,8 +109,7 @@ static const float *timed_weight(Model *model, Tensor *t)
     return w;
 }
 
-static void timed_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N)
-{
+static void timed_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     enter(IN_GRADIENT);
     RIGSA.gradient(model, t, x, dy, N);
     leave(16.0 * (double)delta_tensor(model, (size_t)t->adapter)->n);
@@ -133,8 +129,7 @@ static const Option options[] = {
     { "steps", COUNT, &want.steps, "0 to 1e6", "3",
       "that are timed, after one that warms up; 0: one for each line of input" } };
 
-static void read_options(int argc, char **argv)
-{
+static void read_options(int argc, char **argv) {
     for (size_t i = 0; i < COUNT_OF(options); i++) option_set(&options[i], strdup(options[i].start), 0);
     for (int i = 1; i < argc; i += 2) {
         size_t o = 0;
@@ -150,8 +145,7 @@ static void read_options(int argc, char **argv)
 
 static double loss;                     // of the last step
 
-static double one_step(Run *run, size_t t)
-{
+static double one_step(Run *run, size_t t) {
     Model *model = &run->model;
     const Config *c = &model->config;
     size_t M = run->batch.answer.n, trained = adapter_entries(model);
@@ -172,8 +166,8 @@ static double one_step(Run *run, size_t t)
     return seconds() - begin;
 }
 
-static double peak_memory(void)         // bytes: the most that was resident so far
-{
+// bytes: the most that was resident so far
+static double peak_memory(void) {
     char line[256];
     double kilobytes = NAN;
     struct rusage used;
@@ -184,8 +178,7 @@ static double peak_memory(void)         // bytes: the most that was resident so 
     return 1024 * kilobytes;
 }
 
-static void print_profile(double step, size_t steps, const Limits *limits)
-{
+static void print_profile(double step, size_t steps, const Limits *limits) {
     static const struct { const char *name; int product; } row[STEP_PARTS] = {
         [IN_Y] = { "y = x W^T", 1 }, [IN_DX] = { "dx = dy W", 1 }, [IN_DW] = { "dW = dy^T x", 1 },
         [IN_HEAD] = { "head and loss", 1 }, [IN_ATTENTION] = { "attention", 1 },
@@ -208,8 +201,7 @@ static void print_profile(double step, size_t steps, const Limits *limits)
            100 * operations / step / peak, 1e3 * operations / peak);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     begin_program(argv);
     read_options(argc, argv);
     check_topics((const char *[]){ "the whole loss, along random directions" }, 1);

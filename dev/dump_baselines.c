@@ -22,15 +22,13 @@ static const char *const TAG[SECTIONS] =
 static char *data[SECTIONS];
 static size_t length[SECTIONS];
 
-static void append(int section, const void *from, size_t count, size_t size)
-{
+static void append(int section, const void *from, size_t count, size_t size) {
     data[section] = realloc(data[section], length[section] + count * size + 1);
     memcpy(data[section] + length[section], from, count * size);
     length[section] += count * size;
 }
 
-static void dump(Run *run)
-{
+static void dump(Run *run) {
     Model *model = &run->model;
     Section sections[SECTIONS];
     char path[PATH_MAX];
@@ -75,8 +73,7 @@ static void dump(Run *run)
     exit(0);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     static Run run;
     begin_program(argv);
     for (int m = METHOD_LORA; m <= METHOD_DENSE; m++) method_of[m].start = dump;    // no pass is trained

@@ -28,8 +28,7 @@ static char *ticket_path, *details_path;
 static const Adapter *resting;      // dev/baselines.c: where pruned entries rest at their initial values
 
 // An adapter belongs to the base that it was trained on.
-static void check_base(const Model *model, const File *file)
-{
+static void check_base(const Model *model, const File *file) {
     size_t length;
     uint64_t *base = section(file, "base", 1, &length);
     if (!base || length < 8) die("%s: does not name its base", file->path);
@@ -40,8 +39,7 @@ static void check_base(const Model *model, const File *file)
     free(base);
 }
 
-static void ticket_load(Model *model, const char *path)
-{
+static void ticket_load(Model *model, const char *path) {
     File file = file_open(path, "tick");
     check_base(model, &file);
     needed_at(&model->init, &file, "init", 1, sizeof(Init));
@@ -77,8 +75,7 @@ typedef struct {
 
 // Reads it from the file that `data` came from. From here on `data` counts what is computed: prompts, and
 // up to `limit` tokens one by one. That makes the plan's memory, work and time left those of a generation.
-static Generation generation_open(Data *data, const char *path)
-{
+static Generation generation_open(Data *data, const char *path) {
     File file = file_open(path, "data");
     Generation g = { .data = data, .limit = *(const uint32_t *)needed(&file, "limit", 1, sizeof(uint32_t)) };
     size_t n, at = 0;
@@ -118,8 +115,7 @@ typedef struct {
     uint64_t hash;                      // of the whole evaluation file, by which dev/prepro_eval.py knows it
 } Details;
 
-static FILE *details_open(void)
-{
+static FILE *details_open(void) {
     if (!*details_path) return NULL;
     FILE *f = fopen(details_path, opt.overwrite ? "w" : "wx");
     if (!f) die("%s: cannot be written: %s (--overwrite replaces it)", details_path, strerror(errno));
@@ -127,8 +123,7 @@ static FILE *details_open(void)
     return f;
 }
 
-static uint64_t file_hash(const char *path)
-{
+static uint64_t file_hash(const char *path) {
     File file = file_open(path, "data");
     char *bytes = allocate(file.length, 1);
     file_read(&file, bytes, file.length, 0);
@@ -139,16 +134,14 @@ static uint64_t file_hash(const char *path)
 }
 
 // How every line begins.
-static void print_example(const Details *to, const Data *data, size_t e, int exact)
-{
+static void print_example(const Details *to, const Data *data, size_t e, int exact) {
     fprintf(to->f, "{\"round\": \"%s\", \"column\": \"%s\", \"file\": \"%016llx\", "
             "\"example\": %zu, \"exact\": %d, ",
             to->round, data->column, (unsigned long long)to->hash, e, exact);
 }
 
 // How it ends where the answer was generated. Bytes that are no UTF-8 are written as they are.
-static void print_said(const Details *to, const uint32_t *token, size_t n, const char *text)
-{
+static void print_said(const Details *to, const uint32_t *token, size_t n, const char *text) {
     fprintf(to->f, "\"tokens\": [");
     for (size_t i = 0; i < n; i++) fprintf(to->f, i ? ", %u" : "%u", token[i]);
     fprintf(to->f, "], \"text\": \"");
@@ -180,8 +173,7 @@ typedef struct {
 } Slot;
 
 // What a batch must have room for: an answer row and a stretch for each slot, and a cache for each layer.
-static void slots_room(Largest *batch, const Run *run)
-{
+static void slots_room(Largest *batch, const Run *run) {
     for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++) {
         if (eval->metric != NUMBER) continue;
         batch->M = max_size(batch->M, SLOTS);
@@ -191,8 +183,7 @@ static void slots_room(Largest *batch, const Run *run)
 }
 
 // text = what n tokens say, up to the first stop, with a zero at the end; returns whether there was a stop.
-static int write_text(char *text, const Generation *g, const uint32_t *token, size_t n)
-{
+static int write_text(char *text, const Generation *g, const uint32_t *token, size_t n) {
     size_t length = 0;
     int stopped = 0;
     for (size_t i = 0; i < n; i++) {
@@ -211,8 +202,7 @@ static int write_text(char *text, const Generation *g, const uint32_t *token, si
 
 // The last number in a text, such as -1,234.5; NAN where there is none. A comma or a point belongs to it
 // only if a digit follows, so that a number may end a sentence.
-static double last_number(const char *text)
-{
+static double last_number(const char *text) {
     char digits[64] = "";
     for (const char *at = text; *at; at++) {
         size_t n = at > text && at[-1] == '-';
@@ -227,8 +217,7 @@ static double last_number(const char *text)
 }
 
 // Lays out what the slots have not cached, at most N rows. Free slots take examples from `next` on.
-static void lay_slots(Batch *batch, Slot slot[SLOTS], size_t *next, const Data *data, size_t N, size_t T)
-{
+static void lay_slots(Batch *batch, Slot slot[SLOTS], size_t *next, const Data *data, size_t N, size_t T) {
     batch->S = SLOTS;
     batch->all.n = batch->answer.n = batch->K = 0;
     for (uint32_t s = 0; s < SLOTS; s++) {
@@ -256,8 +245,7 @@ static void lay_slots(Batch *batch, Slot slot[SLOTS], size_t *next, const Data *
 // details. A slot ends at its limit, at a token of `end`, which is said, too, or where a text of `stop`
 // begins.
 static size_t generate(Run *run, Batch *batch, Slot slot[SLOTS], size_t *next, const Generation *g,
-                       char *text, const Details *details)
-{
+                       char *text, const Details *details) {
     Model *model = &run->model;
     const Activations *acts = &model->acts;
     const Data *data = g->data;
@@ -285,8 +273,7 @@ static size_t generate(Run *run, Batch *batch, Slot slot[SLOTS], size_t *next, c
 }
 
 // As evaluate() of the trainer, for the metric `number`.
-static Score evaluate_generation(Run *run, const Generation *g, const Details *details)
-{
+static Score evaluate_generation(Run *run, const Generation *g, const Details *details) {
     const Data *data = g->data;
     Batch batch = run->batch;
     Slot slot[SLOTS] = { 0 };
@@ -311,16 +298,14 @@ static Score evaluate_generation(Run *run, const Generation *g, const Details *d
 
 // W takes W0's place for good: generation would form it again for every token. Not in bf16, where W,
 // rounded once more, would lose what a small gate adds.
-static void merge(Model *model)
-{
+static void merge(Model *model) {
     if (precision == BF16) return;
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
         if (t->adapter >= 0) memcpy(t->value, model->adapter.weight(model, t), t->n * sizeof(float));
     model->adapter = PLAIN;
 }
 
-static void start_ticket(Run *run)
-{
+static void start_ticket(Run *run) {
     if (!*ticket_path) return;
     first_label = "ticket";
     ticket_load(&run->model, ticket_path);
@@ -329,8 +314,7 @@ static void start_ticket(Run *run)
 
 // The score on evaluation set i, with its details: of generated examples in the order in which they end,
 // of others in the file's order.
-static Score evaluate_set(Run *run, size_t i, const Generation *g, const Details *details)
-{
+static Score evaluate_set(Run *run, size_t i, const Generation *g, const Details *details) {
     const Data *data = &run->eval[i];
     if (data->metric == NUMBER) return evaluate_generation(run, g, details);
     Score score = evaluate(run, data);
@@ -342,8 +326,7 @@ static Score evaluate_set(Run *run, size_t i, const Generation *g, const Details
 }
 
 // From the options to the row of the table, of a method without passes.
-static void evaluate_whole(Run *run)
-{
+static void evaluate_whole(Run *run) {
     Model *model = &run->model;
     Generation generation[MAX_EVALS] = { 0 };
     generation_room = slots_room;
@@ -379,8 +362,7 @@ static void evaluate_whole(Run *run)
 
 static const char ACCEPTED[] = "base|ticket|eval|precision|details|overwrite";     // of the trainer's options
 
-static void evaluation_usage(void)
-{
+static void evaluation_usage(void) {
     printf("Scores a base, or a base with a ticket.\n\n    ./" PROGRAM " [--option value ...]\n\n"
            "  --base FILE           the model (default " NANO "base.bin)\n"
            "  --ticket FILE         with this adapter\n"
@@ -391,8 +373,7 @@ static void evaluation_usage(void)
     exit(0);
 }
 
-static void evaluation_options(int argc, char **argv)
-{
+static void evaluation_options(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) evaluation_usage();
         if (!strncmp(argv[i], "--", 2) && choice_place(ACCEPTED, argv[i] + 2) < 0)
@@ -404,16 +385,14 @@ static void evaluation_options(int argc, char **argv)
 static void prepare_nothing(Run *run) { (void)run; }
 
 // What main does.
-__attribute__((unused)) static void evaluate_program(Run *run, int argc, char **argv)
-{
+__attribute__((unused)) static void evaluate_program(Run *run, int argc, char **argv) {
     evaluation_options(argc, argv);
     method = (Method){ .prepare = prepare_nothing, .start = start_ticket };
     evaluate_whole(run);
 }
 
 #ifdef ALONE
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     static Run run;
     begin_program(argv);
     evaluate_program(&run, argc, argv);

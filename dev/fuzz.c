@@ -41,27 +41,23 @@ static void *block[4096];
 static size_t blocks;
 static FILE *quiet;            // what die() says
 
-static void *track(void *p)
-{
+static void *track(void *p) {
     if (blocks == sizeof block / sizeof *block) abort();
     return block[blocks++] = p;
 }
 
-static void untrack(const void *p)
-{
+static void untrack(const void *p) {
     for (size_t i = blocks; p && i-- > 0; )
         if (block[i] == p) { free(block[i]); block[i] = block[--blocks]; return; }
 }
 
-static int our_fstat(int fd, struct stat *info)
-{
+static int our_fstat(int fd, struct stat *info) {
     (void)fd;
     *info = (struct stat){ .st_mode = S_IFREG, .st_size = (off_t)input_size };
     return 0;
 }
 
-static ssize_t our_pread(void *to, size_t n, off_t at)
-{
+static ssize_t our_pread(void *to, size_t n, off_t at) {
     n = (size_t)at < input_size ? n < input_size - (size_t)at ? n : input_size - (size_t)at : 0;
     memcpy(to, input + at, n);
     return (ssize_t)n;
@@ -96,8 +92,7 @@ static unsigned long executions, accepted;
 #define REQUIRE(condition) do { if (!(condition)) __builtin_trap(); } while (0)
 
 // A model without a file: what a ticket and a state are for.
-static void make_run(Run *run)
-{
+static void make_run(Run *run) {
     Model *model = &run->model;
     *run = (Run){ .passes = 3, .evals = 1, .settings = (char *)SAVED };
     *model = (Model){ .config = CONFIG, .base = { 1, "fuzz" } };
@@ -117,8 +112,7 @@ static void make_run(Run *run)
     run->loss = allocate(updates_before(run, run->passes + 1), sizeof(double));
 }
 
-static void use_adapter(Model *model)
-{
+static void use_adapter(Model *model) {
     float *memory = model->scratch = floats(largest_matrix(&model->config));
     for (size_t i = 0; i < model->base_tensors; i++) {
         Tensor *t = &model->tensors[i];
@@ -129,8 +123,7 @@ static void use_adapter(Model *model)
     }
 }
 
-static void use_base(void)
-{
+static void use_base(void) {
     static Model model;
     model = (Model){ 0 };
     File file = base_open(&model, "input");
@@ -141,8 +134,7 @@ static void use_base(void)
 }
 
 // What a model says that says the answers, of an evaluation by generation.
-static void use_pieces(Data *data)
-{
+static void use_pieces(Data *data) {
     Generation g = generation_open(data, "input");
     for (size_t e = 0; e < data->examples; e++) {
         size_t n = min_size(g.limit, data->length[e] - data->answer[e]);
@@ -157,8 +149,7 @@ static void use_pieces(Data *data)
     }
 }
 
-static void use_data(void)
-{
+static void use_data(void) {
     Data data = data_open("input");
     if (data.column[0] && data.metric == NUMBER) { use_pieces(&data); return; }     // no batch holds it whole
     Batch batch = batch_alloc(2 * data.longest, 2 * data.longest_answer, 2 * data.longest);
@@ -176,16 +167,14 @@ static void use_data(void)
     REQUIRE(score.value >= 0 && score.value <= 1 && score.error >= 0);
 }
 
-static void use_ticket(void)
-{
+static void use_ticket(void) {
     static Run run;
     make_run(&run);
     ticket_load(&run.model, "input");
     use_adapter(&run.model);
 }
 
-static void use_state(void)
-{
+static void use_state(void) {
     static Run run;
     make_run(&run);
     memset(given, 0, sizeof given);
@@ -206,8 +195,7 @@ static void use_state(void)
     if (!full) use_adapter(&run.model);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
-{
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     (void)baselines_program, (void)begin_program;
     input = bytes;
     input_size = size;
@@ -228,8 +216,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
 #ifdef VERDICTS
 // Standard input holds files, each behind its length as a u64. Standard output says of each in one line what
 // the readers do with it: an empty line if it is accepted, otherwise what die() said.
-int main(void)
-{
+int main(void) {
     uint64_t size;
     while (fread(&size, sizeof size, 1, stdin) == 1) {
         char *said = NULL;
@@ -252,8 +239,7 @@ int main(void)
 static unsigned long structured;
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 
-size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigned seed)
-{
+size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigned seed) {
     enum { SECTIONS = 32 };
     static uint8_t old[1 << 16];
     struct { uint8_t tag[16]; size_t at, length; } section[SECTIONS], swap;
@@ -304,8 +290,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigne
 }
 
 // Small valid files: a base, examples, three evaluations, tickets dense and sparse, states of all methods.
-static void write_seeds(const char *folder)
-{
+static void write_seeds(const char *folder) {
     static Run run;
     char path[PATH_MAX];
     const uint32_t vocab[] = { 8, 4 }, length[] = { 4, 3, 3 }, answer[] = { 2, 2, 1 },
@@ -353,14 +338,12 @@ static void write_seeds(const char *folder)
     }
 }
 
-static void report(void)
-{
+static void report(void) {
     printf("%lu executions, %lu accepted, %lu inputs of the structure-aware mutator\n", executions,
            accepted, structured);
 }
 
-int LLVMFuzzerInitialize(int *argc, char ***argv)
-{
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     quiet = fopen("/dev/null", "w");
     if (getenv("FUZZ_SEEDS")) {

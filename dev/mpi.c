@@ -39,16 +39,14 @@ static int part(size_t size, int r) { return (int)(size * (size_t)r / (size_t)co
 static int part_size(size_t size, int r) { return part(size, r + 1) - part(size, r); }
 
 // How many of n values this rank owns.
-static size_t owned(size_t n)
-{
+static size_t owned(size_t n) {
     size_t sum = 0;
     for (size_t at = 0; at < n; at += PIECE) sum += (size_t)part_size(min_size(PIECE, n - at), ranks.rank);
     return sum;
 }
 
 // sum (owned(n)) += its part of the gradients (n) of ranks 0..busy-1, in this order.
-static void add_gradients(float *sum, const float *grad, size_t n, int busy)
-{
+static void add_gradients(float *sum, const float *grad, size_t n, int busy) {
     int send[count], send_at[count], get[count], get_at[count];
     float *got = floats((size_t)count * (size_t)part_size(PIECE, count - 1));
     for (size_t at = 0; at < n; at += PIECE) {
@@ -69,8 +67,7 @@ static void add_gradients(float *sum, const float *grad, size_t n, int busy)
 }
 
 // all (n) = every rank's part of it.
-static void gather_parts(float *all, const float *sum, size_t n)
-{
+static void gather_parts(float *all, const float *sum, size_t n) {
     int get[count], get_at[count];
     for (size_t at = 0; at < n; at += PIECE) {
         size_t size = min_size(PIECE, n - at);
@@ -81,8 +78,7 @@ static void gather_parts(float *all, const float *sum, size_t n)
 }
 
 // loss_and_gradient of the trainer, by all ranks together.
-static double share_gradient(Run *run, const uint32_t *example, size_t size)
-{
+static double share_gradient(Run *run, const uint32_t *example, size_t size) {
     Model *model = &run->model;
     size_t micro = micro_batch(size), answers = answer_tokens(&run->data, example, size), n = model->trained;
     double loss = 0;
@@ -106,8 +102,7 @@ static double share_gradient(Run *run, const uint32_t *example, size_t size)
 // Evaluation, agreement, the program
 
 // Ends all if a rank's value is not rank 0's; only a rank that differs speaks.
-static void must_agree(uint64_t value, const char *what, const char *mending)
-{
+static void must_agree(uint64_t value, const char *what, const char *mending) {
     char host[MPI_MAX_PROCESSOR_NAME];
     uint64_t first = value;
     int length;
@@ -119,8 +114,7 @@ static void must_agree(uint64_t value, const char *what, const char *mending)
 
 // evaluate() of the trainer: batch b is judged by rank b modulo their number. A verdict is zero but where it
 // was made, so that the bits of all put together are the verdicts.
-static Score share_evaluation(Run *run, const Data *data)
-{
+static Score share_evaluation(Run *run, const Data *data) {
     size_t tokens = 0, bytes = data->examples * sizeof *run->verdict;
     must_agree(hash64(run->model.value_arena, run->model.trained * sizeof(float)), "what it has trained",
                "use machines with the same processor and libraries");
@@ -138,14 +132,12 @@ static Score share_evaluation(Run *run, const Data *data)
     return score_verdicts(run->verdict, data);
 }
 
-static int any_asked(int number)
-{
+static int any_asked(int number) {
     MPI_Allreduce(MPI_IN_PLACE, &number, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
     return number;
 }
 
-static uint64_t program_hash(void)
-{
+static uint64_t program_hash(void) {
     struct stat info;
     File self = { .path = "/proc/self/exe", .fd = open("/proc/self/exe", O_RDONLY) };
     if (self.fd < 0 || fstat(self.fd, &info)) die("%s: %s", self.path, strerror(errno));
@@ -158,8 +150,7 @@ static uint64_t program_hash(void)
 }
 
 // Before anything is trained or written.
-static void compare_ranks(Run *run)
-{
+static void compare_ranks(Run *run) {
     char path[PATH_MAX];
     uint64_t state = 0;
     if (opt.resume) {
@@ -181,8 +172,7 @@ static void compare_ranks(Run *run)
 
 // Of ranks that end with an error the lowest says why: each tells those after it, and before it speaks it
 // waits two seconds whether one before it has told. Whoever has spoken ends all.
-static void wait_for_others(void)
-{
+static void wait_for_others(void) {
     enum { SPEAKS = 1 };
     MPI_Request request;
     for (int r = ranks.rank + 1; r < count; r++)
@@ -194,15 +184,13 @@ static void wait_for_others(void)
     }
 }
 
-static void end_rank(int status, void *unused)
-{
+static void end_rank(int status, void *unused) {
     (void)unused;
     if (status == 0 || status > 128) MPI_Finalize();        // done, or stopped as all are
     else MPI_Abort(MPI_COMM_WORLD, status);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     static Run run;
     MPI_Comm machine;
     int beside, threads;

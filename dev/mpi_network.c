@@ -18,15 +18,13 @@ static double exchanged, delayed, received;             // seconds, seconds, byt
 
 static double setting(const char *name) { return getenv(name) ? atof(getenv(name)) : 0; }
 
-static double begin(void)
-{
+static double begin(void) {
     PMPI_Barrier(MPI_COMM_WORLD);                       // waiting for others is no part of the exchange
     return MPI_Wtime();
 }
 
 // After an exchange that began then: `sent` and `got` floats left and reached this rank.
-static void end(double began, double sent, double got)
-{
+static void end(double began, double sent, double got) {
     int ranks;
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     double now = MPI_Wtime(), gbit = setting("GBIT"), bytes = 4 * (sent > got ? sent : got);
@@ -38,8 +36,7 @@ static void end(double began, double sent, double got)
 }
 
 // The sum of all ranks' counts but this one's.
-static double others(const int *count)
-{
+static double others(const int *count) {
     int ranks, rank;
     double sum = 0;
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
@@ -49,8 +46,7 @@ static double others(const int *count)
 }
 
 int MPI_Alltoallv(const void *from, const int *sends, const int *send_at, MPI_Datatype type,
-                  void *to, const int *gets, const int *get_at, MPI_Datatype get_type, MPI_Comm all)
-{
+                  void *to, const int *gets, const int *get_at, MPI_Datatype get_type, MPI_Comm all) {
     double began = begin();
     int error = PMPI_Alltoallv(from, sends, send_at, type, to, gets, get_at, get_type, all);
     end(began, others(sends), others(gets));
@@ -58,16 +54,14 @@ int MPI_Alltoallv(const void *from, const int *sends, const int *send_at, MPI_Da
 }
 
 int MPI_Allgatherv(const void *from, int count, MPI_Datatype type,
-                   void *to, const int *gets, const int *get_at, MPI_Datatype get_type, MPI_Comm all)
-{
+                   void *to, const int *gets, const int *get_at, MPI_Datatype get_type, MPI_Comm all) {
     double began = begin();
     int error = PMPI_Allgatherv(from, count, type, to, gets, get_at, get_type, all);
     end(began, count, others(gets));                    // in a ring, each passes on what it gets
     return error;
 }
 
-int MPI_Finalize(void)
-{
+int MPI_Finalize(void) {
     int rank;
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     if (rank == 0) fprintf(stderr, "network: %.4f %.4f %.0f\n", exchanged, delayed, received);

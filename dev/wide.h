@@ -41,8 +41,7 @@ typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES)));
         row[i + d] = SHUFFLE(a, b, COLUMNS(HIGH, d)); \
     }
 
-static inline __attribute__((always_inline)) void transpose_block(vec row[LANES])
-{
+static inline __attribute__((always_inline)) void transpose_block(vec row[LANES]) {
     STEP(1)
     STEP(2)
 #ifdef __AVX__
@@ -62,8 +61,7 @@ static inline __attribute__((always_inline)) void transpose_block(vec row[LANES]
 enum { NEAR_FLOATS = 3 << 11 };
 
 static void few_along(float *c, size_t ldc, const float *a, size_t a_row, const float *b, size_t b_col,
-                      size_t M, size_t N, size_t K, int add)
-{
+                      size_t M, size_t N, size_t K, int add) {
     size_t vectors = K / LANES * LANES;
     int near = (M + 2 * NV) * K <= NEAR_FLOATS;
     for (size_t j = 0; j < N; j += NV)
@@ -99,8 +97,7 @@ static void few_along(float *c, size_t ldc, const float *a, size_t a_row, const 
 
 // The product in fp32 where a has few rows, and b lies along k, or along its rows and a is one token's
 // (attention's p v, when text is generated). Returns whether it was such a one.
-static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add)
-{
+static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
     if (precision != FP32) return 0;
     if (M <= FEW_ROWS && a.col == 1 && b.row == 1) {
         few_along(c, ldc, a.at, a.row, b.at, b.col, M, N, K, add);
@@ -129,8 +126,7 @@ typedef struct {
 // to (LANES, SPAN) = LANES columns of from (rows, stride), transposed; `cols` of them exist, and zero stands
 // where there are no more rows. Their neighbours, which come next, are fetched meanwhile: they lie a whole
 // row apart, which no hardware foresees.
-static void transpose_lanes(float *to, const float *from, size_t stride, size_t rows, size_t cols)
-{
+static void transpose_lanes(float *to, const float *from, size_t stride, size_t rows, size_t cols) {
     for (size_t n0 = 0; n0 < SPAN; n0 += LANES) {
         vec block[LANES];
         for (size_t n = n0; n < n0 + LANES; n++) {
@@ -147,8 +143,7 @@ static void transpose_lanes(float *to, const float *from, size_t stride, size_t 
 // index[k] = row_start + i, with which the n entries begin. Returns how many they are.
 static inline __attribute__((always_inline))
 size_t sampled_row_of(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
-                      size_t row_start, size_t I, size_t n, MultiplyAdd *madd)
-{
+                      size_t row_start, size_t I, size_t n, MultiplyAdd *madd) {
     typedef float quad __attribute__((vector_size(16)));
     vec dy[SPAN / LANES];
     size_t k;
@@ -165,8 +160,7 @@ size_t sampled_row_of(float *dw, const float *dy_o, const float *x_t, const uint
 }
 
 static size_t sampled_row(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
-                          size_t row_start, size_t I, size_t n)
-{
+                          size_t row_start, size_t I, size_t n) {
     return sampled_row_of(dw, dy_o, x_t, index, row_start, I, n, multiply_add);
 }
 
@@ -178,15 +172,13 @@ static const Sampler LANES_SAMPLER = { 1, transpose_lanes, sampled_row };
 // PAIRS: a 32-bit lane holds steps 2k (low half) and 2k + 1 of the sum over k, in bfloat16, and one
 // instruction multiplies both and adds them in fp32. It takes denormals for zero.
 
-static inline vec multiply_pairs(vec sum, vec a, vec b)
-{
+static inline vec multiply_pairs(vec sum, vec a, vec b) {
     // the intrinsic makes gcc 12 store every sum
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
 }
 
-static inline float pair(float low, float high)
-{
+static inline float pair(float low, float high) {
     union { uint32_t i; float f; } u = { round_bf16(low) | round_bf16(high) << 16 };
     return u.f;
 }
@@ -195,8 +187,7 @@ typedef union { vec all; float one[LANES]; uint16_t half[2 * LANES]; } Pairs;
 static const float NO_STEP[NR];         // what an odd sum's last step is paired with
 
 // LANES pairs along k from one row (or column), whose steps of k are `along` apart; `steps` steps exist.
-static inline vec pairs_along(const float *from, size_t along, size_t steps)
-{
+static inline vec pairs_along(const float *from, size_t along, size_t steps) {
     Pairs pairs = { { 0 } };
     size_t n = min_size(steps, 2 * LANES);
     if (along == 1 && steps >= 2 * LANES)
@@ -206,8 +197,7 @@ static inline vec pairs_along(const float *from, size_t along, size_t steps)
 }
 
 // One pair from each of LANES neighbours that lie side by side; `used` of them exist.
-static inline vec pairs_across(const float *from, size_t along, size_t steps, size_t used)
-{
+static inline vec pairs_across(const float *from, size_t along, size_t steps, size_t used) {
     Pairs pairs = { { 0 } };
     const float *high = steps > 1 ? from + along : NO_STEP;
     if (used >= LANES) for (size_t j = 0; j < LANES; j++) pairs.one[j] = pair(from[j], high[j]);
@@ -217,8 +207,7 @@ static inline vec pairs_across(const float *from, size_t along, size_t steps, si
 
 // block = LANES pairs from each of LANES rows (or columns); `used` of them and `steps` steps exist.
 static inline __attribute__((always_inline))
-void pairs_block(vec block[LANES], View strip, size_t used, size_t steps)
-{
+void pairs_block(vec block[LANES], View strip, size_t used, size_t steps) {
     if (strip.row != 1) {
         for (size_t j = 0; j < LANES; j++)
             block[j] = j < used ? pairs_along(strip.at + j * strip.row, strip.col, steps) : (vec){ 0 };
@@ -231,8 +220,7 @@ void pairs_block(vec block[LANES], View strip, size_t used, size_t steps)
 }
 
 // As `pack` does it.
-static void pack_pairs(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes)
-{
+static void pack_pairs(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes) {
     if (strip.row == 1)
         for (size_t k = 0; k < lanes; k++) {
             const float *low = 2 * k < K ? strip.at + 2 * k * strip.col : NO_STEP;
@@ -254,14 +242,12 @@ static void pack_pairs(float *to, View strip, size_t width, size_t used, size_t 
 }
 
 static void tile_pairs(float *c, size_t ldc, View a, const float *b, size_t lanes,
-                       size_t rows, size_t cols, int add)
-{
+                       size_t rows, size_t cols, int add) {
     TILE_BY_WIDTH(multiply_pairs);
 }
 
 // As transpose_lanes does it.
-static void transpose_pairs(float *to, const float *from, size_t stride, size_t rows, size_t cols)
-{
+static void transpose_pairs(float *to, const float *from, size_t stride, size_t rows, size_t cols) {
     for (size_t n0 = 0; n0 < SPAN; n0 += LANES) {
         vec block[LANES];
         for (size_t n = n0; n < n0 + LANES; n++) {
@@ -276,8 +262,7 @@ static void transpose_pairs(float *to, const float *from, size_t stride, size_t 
 }
 
 static size_t sampled_row_pairs(float *dw, const float *dy_o, const float *x_t, const uint32_t *index,
-                                size_t row_start, size_t I, size_t n)
-{
+                                size_t row_start, size_t I, size_t n) {
     return sampled_row_of(dw, dy_o, x_t, index, row_start, I, n, multiply_pairs);
 }
 
@@ -304,8 +289,7 @@ static int amx_refused;                     // by Linux, which lends these regis
 #define AMX_MEMORY(at) __asm__ volatile("" :: "r"(at) : "memory")
 
 // Each thread asks once, and says that all of its registers have 16 rows of 64 bytes.
-static int amx_begin(void)
-{
+static int amx_begin(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     struct {
         uint8_t palette, start_row, zero[14];
@@ -322,8 +306,7 @@ static int amx_begin(void)
 }
 
 // b as above. Rows of a a register at a time: to (lanes / 16, AMX_ROWS, 16).
-static void pack_amx(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes)
-{
+static void pack_amx(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes) {
     if (width != AMX_ROWS) {
         pack_pairs(to, strip, width, used, K, lanes);
         return;
@@ -340,8 +323,7 @@ static void pack_amx(float *to, View strip, size_t width, size_t used, size_t K,
 // At an edge of c, sums go through a copy of it. Everywhere they start from what c held, so that the place of
 // an edge changes no bit.
 static void tile_amx(float *c, size_t ldc, View a, const float *b, size_t lanes,
-                     size_t rows, size_t cols, int add)
-{
+                     size_t rows, size_t cols, int add) {
     float copy[AMX_ROWS * NR];
     int edge = rows < AMX_ROWS || cols < NR;
     float *to = edge ? copy : c;
@@ -386,8 +368,7 @@ static int use_amx(void) { return 0; }
 static const Kernel *kernel(void) { return &EVERYWHERE; }
 #endif
 
-static const Sampler *sampler(void)
-{
+static const Sampler *sampler(void) {
 #ifdef PAIRS_OF_BF16
     if (precision == BF16) return &PAIRS_SAMPLER;
 #endif
@@ -402,8 +383,7 @@ static double sampled_below(void) { return use_amx() ? 0.06 : 0.3; }
 // needs them. Threads share the entries evenly, but in whole blocks of LANES rows: the block of row o in
 // which a thread's share begins is all its own, and the one in which it ends is the next thread's.
 static void sampled_product(float *dw, const uint32_t *index, size_t n, const float *dy, const float *x,
-                            float *x_t, size_t O, size_t I, size_t N)
-{
+                            float *x_t, size_t O, size_t I, size_t N) {
     const Sampler *use = sampler();
     memset(dw, 0, n * sizeof(float));
     #pragma omp parallel
@@ -441,8 +421,7 @@ typedef struct {
 } Threads;
 
 // How many the next step should use, after one of so much work that ended now.
-static int next_threads(Threads *t, double now, double work)
-{
+static int next_threads(Threads *t, double now, double work) {
     int trial = t->window == TRIAL;
     t->work[trial] += work;
     if (now - t->began < 0.1) return trial ? t->other : t->used;
@@ -464,8 +443,7 @@ static int next_threads(Threads *t, double now, double work)
 
 // After a step of so much work: sets OpenMP's number of threads. Returns whether a number has just proven to
 // be the fastest. What the user has set stays.
-static int choose_threads(double work)
-{
+static int choose_threads(double work) {
     static Threads t;
     int settled = t.settled, now = omp_get_max_threads();
     if (!t.most) t = (Threads){ .most = now, .used = now, .began = seconds() };
