@@ -2091,10 +2091,8 @@ static void data_text(char *to, size_t size, const File *file, const char *tag) 
 }
 
 // What evaluations have besides.
-static void data_evaluation(Data *data, const File *file) {
+static void data_evaluation(Data *data, const File *file, const char *metric) {
     const char *path = data->path;
-    char metric[16] = "";
-    data_text(metric, sizeof metric, file, "metric");
     int known = choice_place("exact|acc|acc_norm|loss|number", metric);
     if (known < 0) die("%s: unknown metric `%s`", path, metric);
     data->metric = known;
@@ -2131,6 +2129,7 @@ static Data data_open(const char *path) {
     Data data = { .path = path };
     data.hash = hash64(file->head, file->sections * sizeof *file->head);    // which has the sections' hashes
     uint32_t vocab[2];
+    char metric[16] = "";
     needed_at(vocab, file, "vocab", 2, sizeof(uint32_t));
     data.V = vocab[0];
     data.length = section(file, "length", sizeof(uint32_t), &data.examples);
@@ -2154,7 +2153,8 @@ static Data data_open(const char *path) {
             die("%s: section `glyphs` has character %u, not of ASCII", path, c);
     }
     data_text(data.column, sizeof data.column, file, "column");
-    if (data.column[0]) data_evaluation(&data, file);
+    data_text(metric, sizeof metric, file, "metric");
+    if (data.column[0]) data_evaluation(&data, file, metric);
     file_close(file);
     return data;
 }
