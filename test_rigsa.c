@@ -1466,6 +1466,23 @@ static void test_changed_files(void) {
     check_same("gold", before.gold, sample.gold, sizeof sample.gold);
 }
 
+// Tokens of one, two and four bytes, with a bit in each of them.
+static void test_token_widths(void) {
+    static const uint32_t token[] = { 0x81, 0x7f02, 0xff03, 0x00ff01, 0x020304, 0x010000 }, vocab = 1 << 28;
+    static const uint32_t length[] = { 2, 4 }, answer[] = { 1, 1 };
+    for (uint32_t width = 1; width <= 4; width *= 2) {
+        char packed[24], *path = in_folder("widths");
+        uint32_t expected[6] = { 0 };
+        for (int i = 0; i < 6; i++) memcpy(packed + width * (size_t)i, &token[i], width);
+        for (int i = 0; i < 6; i++) memcpy(&expected[i], &token[i], width);
+        file_write(path, "data", (Section[]){ { "vocab", (uint32_t[]){ vocab, width }, 8 },
+            { "length", length, 8 }, { "answer", answer, 8 }, { "tokens", packed, 6 * width } }, 4);
+        Data data = data_open(path);
+        check_same("tokens", data.token, expected, sizeof expected);
+        check("the second example", tokens_of(&data, 1)[3] == expected[5]);
+    }
+}
+
 // Names as they may be and as they may not.
 static void test_names(void) {
     static char longest[128], longer[129];
@@ -2348,6 +2365,7 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "bf16", test_bf16 },
     { "damaged files", test_damaged_files }, { "wrong numbers in files", test_wrong_numbers },
     { "files that change", test_changed_files }, { "names", test_names },
+    { "widths of tokens", test_token_widths },
     { "the same bits on 1 to 5 threads", test_threads }, { "batches", test_batches },
     { "examples learnt by heart", test_overfit }, { "whole runs", test_whole_runs },
     { "overwritten runs", test_overwritten }, { "scores", test_scores },
