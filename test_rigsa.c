@@ -1026,6 +1026,17 @@ static void test_frozen(void) {
     check_number("survivors that did not", still, 0);
 }
 
+// Blocks of moments, and a rest: every value takes the same step.
+static void test_adamw_blocks(void) {
+    enum { N = 2 * 1024 + 7 };
+    float *w = floats(N), *m = floats(N), *v = floats(N), *dw = floats(N);
+    int same = 1;
+    for (size_t i = 0; i < N; i++) dw[i] = 1;
+    adamw(w, m, v, dw, 0.1f, 0, 1, 1, N);
+    for (size_t i = 0; i < N; i++) same &= w[i] == w[0];
+    check("one step for all", same && w[0] < -0.09f);
+}
+
 // Without a gradient, what is left of an update is decay. A gradient of norm 4 is scaled down to 1, in all
 // tensors.
 static void test_update(void) {
@@ -2357,6 +2368,7 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "generator", test_generator }, { "selection", test_selection },
     { "RIGSA's weight and gradient", test_adapter },
     { "what is frozen does not move", test_frozen }, { "decay and clipping", test_update },
+    { "a step in blocks", test_adamw_blocks },
     { "schedule", test_schedule }, { "order of the examples", test_visit_order },
     { "pruning, by hand", test_prune_by_hand },
     { "survivors, and a second round", test_survivors }, { "pruning is a sort", test_prune_is_a_sort },
