@@ -1357,10 +1357,14 @@ static size_t pass_examples(const Run *run, size_t pass) {
     return pass == run->passes ? opt.ticket_examples : opt.examples;
 }
 
+static size_t pass_updates(const Run *run, size_t pass) {
+    return (pass_examples(run, pass) + opt.batch - 1) / opt.batch;
+}
+
 // The updates of all passes before this one.
 static size_t updates_before(const Run *run, size_t pass) {
     size_t n = 0;
-    for (size_t p = 1; p < pass; p++) n += (pass_examples(run, p) + opt.batch - 1) / opt.batch;
+    for (size_t p = 1; p < pass; p++) n += pass_updates(run, p);
     return n;
 }
 
@@ -1421,9 +1425,9 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
 
 // Update t of a pass, on `count` examples. Returns the loss.
 static double update(Run *run, size_t pass, size_t t, const uint32_t *example, size_t count) {
-    size_t updates = updates_before(run, pass + 1) - updates_before(run, pass);
+    float factor = schedule(t, pass_updates(run, pass), opt.warmup, opt.cooldown);
     double loss = ranks.gradient(run, example, count);
-    if (!isfinite(loss) || !model_update(&run->model, t, schedule(t, updates, opt.warmup, opt.cooldown)))
+    if (!isfinite(loss) || !model_update(&run->model, t, factor))
         die("%s, update %zu: the %s is not finite. %s. %s/state.bin is as it was saved before",
             label(run, pass), t, isfinite(loss) ? "gradient" : "loss", run->updates
             ? "The steps were too large: start again with a smaller --lr or --alpha-lr"
@@ -1459,14 +1463,19 @@ static void train(Run *run) {
 
 static void rigsa_prepare(Run *run) { run->passes = opt.rounds + 1; }
 
+// How fast the tensors from `first` up to `end` learn and decay: gates and vectors do not decay.
+static void set_rates(Model *model, Tensor *first, Tensor *end) {
+    for (Tensor *t = first; t < end; t++) {
+        t->lr = (float)(t == gates_tensor(model) ? opt.alpha_lr : opt.lr);
+        t->decay = t->rows > 1 ? (float)opt.weight_decay : 0;
+    }
+}
+
 static void rigsa_start(Run *run) {
     Model *model = &run->model;
     model->init = (Init){ opt.seed, 0, model->init.rest, (float)opt.sigma };
     adapter_alloc(model);
-    for (Tensor *t = delta_tensor(model, 0); t <= gates_tensor(model); t++) {
-        t->lr = (float)(t == gates_tensor(model) ? opt.alpha_lr : opt.lr);
-        t->decay = (float)(t == gates_tensor(model) ? 0 : opt.weight_decay);
-    }
+    set_rates(model, delta_tensor(model, 0), gates_tensor(model) + 1);
 }
 
 static void rigsa_end_pass(Run *run, size_t pass, Row *row) {
@@ -2187,12 +2196,12 @@ static size_t adapted_weights(const Model *model) {
     return n;
 }
 
-// Gates are not counted; NAN where the base itself is trained, or nothing.
+// Gates are not counted; NAN where the base itself is trained, or nothing yet.
 static double trained_density(Model *model) {
     size_t n = 0;
     for (const Tensor *t = delta_tensor(model, 0); t < model->tensors + model->all_tensors; t++)
         if (t->grad && strcmp(t->name, "gates")) n += t->n;
-    return n ? (double)n / (double)adapted_weights(model) : NAN;
+    return model->trained && !method.trains_base ? (double)n / (double)adapted_weights(model) : NAN;
 }
 
 static void tensor_row(Tensor *t, size_t rows, size_t cols, int adapter, const char *format, ...) {
@@ -2797,10 +2806,10 @@ static uint64_t ticket_hash(Model *model) {
 
 static void rigsa_finish(Run *run) {
     char path[PATH_MAX];
-    size_t n = adapter_entries(&run->model);
-    ticket_save(&run->model, output_path("ticket.bin", path), run->settings);
-    printf("\nticket: density %.4f, %zu entries, hash %016llx\n",
-           (double)n / (double)adapted_weights(&run->model), n, (unsigned long long)ticket_hash(&run->model));
+    Model *model = &run->model;
+    ticket_save(model, output_path("ticket.bin", path), run->settings);
+    printf("\nticket: density %.4f, %zu entries, hash %016llx\n", trained_density(model),
+           adapter_entries(model), (unsigned long long)ticket_hash(model));
 }
 
 // Which entries there are in `rows` rows of the table after the base's: all, or those in each DeltaW's index.
@@ -2934,7 +2943,6 @@ static double training_work(size_t tokens, double density) {
 }
 
 static void after_update(Run *run, size_t pass, size_t t, size_t tokens) {
-    size_t updates = updates_before(run, pass + 1) - updates_before(run, pass);
     double loss = run->loss[run->updates - 1], now;
     pace.loss = pace.tokens ? 0.95 * pace.loss + 0.05 * loss : loss;
     pace.tokens += tokens;
@@ -2947,7 +2955,7 @@ static void after_update(Run *run, size_t pass, size_t t, size_t tokens) {
         pace.forecast = 1;
     }
     save_if_due(run);
-    progress(label(run, pass), (double)t / (double)updates);
+    progress(label(run, pass), (double)t / (double)pass_updates(run, pass));
 }
 
 static void after_scores(Run *run, const Data *data, size_t done, size_t tokens) {

@@ -498,7 +498,7 @@ static void prepare_baseline(Run *run) {
     if (more.rest && opt.survivors == SURVIVORS_REDRAW)
         die("--rest init and --survivors redraw: a frozen entry would change its value at every redraw");
     run->passes = more.method == METHOD_LTSFT ? 2 : more.method != METHOD_EVAL;
-    if (more.method == METHOD_RIGSA) run->passes = opt.rounds + 1;
+    if (more.method == METHOD_RIGSA) rigsa_prepare(run);
     if (more.method == METHOD_FULL) {
         if (!given[option_find("lr")]) opt.lr = 1e-3;
         if (!given[option_find("weight-decay")]) opt.weight_decay = 0.1;
@@ -640,10 +640,7 @@ static void start_full(Run *run) {
     Tensor *end = model->tensors + model->base_tensors;
     trained_arenas(model, model->tensors, end);
     model->value_arena = model->base_arena;
-    for (Tensor *t = model->tensors; t < end; t++) {
-        t->lr = (float)opt.lr;
-        t->decay = t->rows > 1 ? (float)opt.weight_decay : 0;
-    }
+    set_rates(model, model->tensors, end);
 }
 
 static void start_rigsa(Run *run) {

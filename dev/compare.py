@@ -96,7 +96,7 @@ def plan(args):
             rates, options = table.methods[method]
             budget = "both" if method in SEVERAL_PASSES else args.budget
             end = last + first if budget == "total" else last
-            examples = {"rigsa": one, "redraw": one, "ltsft": first, "full": end}.get(method, 0)
+            examples = {"rigsa": one, "redraw": one, "ltsft": first}.get(method, 0)
             for lr in rates:
                 runs.append({
                     "method": method, "budget": budget, "lr": lr, "seed": seed,

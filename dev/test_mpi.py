@@ -8,19 +8,17 @@ loopback, beside ./train_rigsa. Build both first; mpirun is Open MPI's or MPICH'
 
 The last line is `N passed, N failed`; the exit status says the same.
 """
-import argparse
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 
 import rigsa_file
-from test_reliability import NANO, ROOT, Runs, begun, check, count, finish
+from test_reliability import NANO, ROOT, Runs, begun, check, finish, run_tests
 
 PROGRAM = os.path.join(ROOT, "train_rigsa_mpi")
 
@@ -110,7 +108,8 @@ def test_evaluation(runs, long):
     for ranks in (0, 1, 2, 3, 5) if long else (0, 3):
         how = {"ranks": ranks} if ranks else {}
         status, said, err = (runs if ranks else Runs(runs.folder)).run(f"sets{ranks}", *short, *sets, **how)
-        row[ranks] = re.findall(r"^(?:base|ticket) .*\+-\d\.\d+", said.replace("\r", "\n").replace("\033[K", ""), re.M)
+        row[ranks] = re.findall(r"^(?:base|ticket) .*\+-\d\.\d+",
+                                said.replace("\r", "\n").replace("\033[K", ""), re.M)
         same = len(row[ranks]) == 2 and row[ranks] == row[0]
         check(f"evaluation by {ranks} ranks", status == 0 and same, said + err)
 
@@ -197,24 +196,5 @@ def test_same_error(runs, long):
 TESTS = (test_same, test_evaluation, test_killed, test_differing, test_same_error)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--long", action="store_true", help="more ranks and more interruptions")
-    parser.add_argument("--only", default="", help="a word of the test's name")
-    args = parser.parse_args()
-    random.seed(time.time_ns())
-    for test in TESTS:
-        if args.only in test.__name__:
-            before, start = dict(count), time.time()
-            with tempfile.TemporaryDirectory() as folder:
-                test(Ranks(folder), args.long)
-            passed, failed = (count[good] - before[good] for good in (True, False))
-            took = time.time() - start
-            print(f"{test.__name__[5:]:16} {passed} passed, {failed} failed, {took:.0f} s", flush=True)
-    print(f"{count[True]} passed, {count[False]} failed")
-    sys.exit(count[False] > 0)
-
-
 if __name__ == "__main__":
-    main()
+    run_tests(TESTS, Ranks, __doc__, "more ranks and more interruptions")

@@ -689,18 +689,22 @@ TESTS = (test_killed, test_terminated, test_default, test_second_signal, test_di
          test_ignored_signal, test_closed, test_output, test_make, test_soak)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--long", action="store_true", help="as many repetitions as doc/reliability.md speaks of")
+def run_tests(tests, fixture, description, long):
+    """
+    What main does, here and in test_mpi.py: every test gets a `fixture` in a folder of its own, and whether
+    --long, whose help is `long`, was given.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--long", action="store_true", help=long)
     parser.add_argument("--only", default="", help="a word of the test's name")
     args = parser.parse_args()
     random.seed(time.time_ns())
-    for test in TESTS:
+    for test in tests:
         if args.only in test.__name__:
             before = dict(count)
             with tempfile.TemporaryDirectory() as folder:
                 began = time.time()
-                test(Runs(folder), args.long)
+                test(fixture(folder), args.long)
             print(f"{test.__name__[5:]:16} {count[True] - before[True]} passed, {count[False] - before[False]} failed, "
                   f"{time.time() - began:.0f} s", flush=True)
     print(f"{count[True]} passed, {count[False]} failed")
@@ -708,4 +712,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_tests(TESTS, Runs, __doc__, "as many repetitions as doc/reliability.md speaks of")
