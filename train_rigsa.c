@@ -40,9 +40,10 @@
 // What this file will not do: run on a GPU, use fast-math (a NaN must stay an alarm), or be a framework.
 // There is no graph and no autograd: the backward pass is written by hand, each gradient line beside the
 // formula that it implements. The derivations are in doc/backward.md, the method and its open questions in
-// doc/rigsa.md, file layouts in doc/model.md. What only makes it faster, on some processors or on a
-// busy machine, is in dev/wide.h, which the Makefile builds in. dev/evaluate.c reads a ticket back, scores
-// and generates; dev/baselines.c trains other adapters, and whole models; dev/mpi.c on several machines.
+// doc/rigsa.md, file layouts in doc/model.md. What it need not know of the machine, to be faster on some
+// processors or beside other programs, is in dev/wide.h, which the Makefile builds in. dev/evaluate.c reads a
+// ticket back, scores and generates; dev/baselines.c trains other adapters, and whole models; dev/mpi.c on
+// several machines.
 //
 // Letters, the same everywhere but in products
 //      N  rows: all tokens of a batch     T  tokens of one sequence     S  sequences     M  answer rows
@@ -76,7 +77,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -1733,7 +1733,9 @@ static _Thread_local float *packed_a, *packed_b;
 #ifdef WIDE
 #include WIDE
 #else
+static void sleep_early(char **argv) { (void)argv; }
 static int choose_threads(double work) { return (void)work, 0; }
+static double memory_available(void) { return INFINITY; }
 static const Kernel *kernel(void) { return &EVERYWHERE; }
 static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
     return (void)c, (void)ldc, (void)a, (void)b, (void)M, (void)N, (void)K, (void)add, 0;
@@ -3047,40 +3049,6 @@ static void load_data(Run *run) {
     run->verdict = allocate(largest, sizeof(Verdict));
 }
 
-// The number after `key` at the start of a line of a file; infinity if there is none.
-static double number_in(const char *path, const char *key) {
-    char line[256];
-    double number = INFINITY;
-    FILE *f = fopen(path, "r");
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, key, strlen(key)) && sscanf(line + strlen(key), "%lf", &number) == 1) break;
-    if (f) fclose(f);
-    return number;
-}
-
-// The least of free memory, ulimit -v and the limits (bytes; of either version) of our cgroup and those
-// around it; or infinity.
-static double memory_available(void) {
-    struct rlimit space;
-    char line[PATH_MAX], path[PATH_MAX + 64];
-    double least = 1024 * number_in("/proc/meminfo", "MemAvailable:");
-    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY)
-        least = fmin(least, (double)space.rlim_cur);
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    while (f && fgets(line, sizeof line, f)) {                  // "0::/ours" or "4:memory:/ours"
-        int second = !strncmp(line, "0::/", 4);
-        char *group = second || strstr(line, ":memory:/") ? strchr(line, '/') : NULL;
-        for (char *end = group ? strchr(group, '\n') : NULL; end; end = strrchr(group, '/')) {
-            *end = 0;
-            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/memory.%s", second ? "" : "/memory", group,
-                     second ? "max" : "limit_in_bytes");
-            least = fmin(least, number_in(path, ""));
-        }
-    }
-    if (f) fclose(f);
-    return least;
-}
-
 // `micro` training examples, or what an evaluation takes at a time.
 static Largest largest_batch(const Run *run, size_t micro) {
     Largest b = { .N = micro * run->data.longest, .T = run->data.longest,
@@ -3238,21 +3206,13 @@ static void check_output(void) {
     _exit(1);
 }
 
-// What all our programs do first. Threads that wait spin before they sleep, libgomp's for milliseconds:
-// beside a loop a run took 20 times as long (dev/LOG.md). It reads its environment before main: start again.
+// What all our programs do first.
 static void begin_program(char **argv) {
-    (void)argv;
     for (int fd = 0; fd < 3; fd++)                          // otherwise a file would be standard output
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) _exit(1);
     setvbuf(stdout, NULL, _IOLBF, 0);                   // a log that is read while the run goes on
     atexit(check_output);
-#ifdef _OPENMP
-    char self[PATH_MAX] = "";
-    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    setenv("GOMP_SPINCOUNT", "1000", 1);
-    setenv("KMP_BLOCKTIME", "0", 0);                    // clang's
-    if (readlink("/proc/self/exe", self, sizeof self - 1) > 0) execv(self, argv);
-#endif
+    sleep_early(argv);
 }
 
 #ifdef STANDALONE

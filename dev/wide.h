@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
 //
-// wide.h: what only makes train_rigsa.c faster, on some processors or beside other programs. The trainer
-// includes it in its section 8 when it is built with -DWIDE='"dev/wide.h"', as the Makefile does, and is
-// complete without it. It knows vectors, tiles and kernels, and nothing of models.
+// wide.h: what train_rigsa.c need not know of the machine. It makes the trainer faster, on some processors or
+// beside other programs, and refuse what does not fit into memory. The trainer includes it in its section 8 when
+// it is built with -DWIDE='"dev/wide.h"', as the Makefile does, and is complete without it. It knows vectors,
+// tiles, kernels, threads and memory, and nothing of models.
 //
 //     choose_threads     as many as are fastest on a busy machine                    the same bits
+//     sleep_early        threads that wait do not spin                               the same bits
+//     memory_available   free, or what a limit leaves                                the same bits
 //     transpose_block    in registers                                                the same bits
 //     matmul_few         few rows of a: b is read where it lies, instead of packed    other last bits in fp32
 //     sampled_product    from transposes in registers                                other last bits
@@ -455,4 +458,58 @@ static int choose_threads(double work) {
     }
     omp_set_num_threads(n);
     return t.settled != settled;
+}
+
+// Threads that wait spin before they sleep, libgomp's for milliseconds: beside a loop a run took 20 times as
+// long (dev/LOG.md). It reads its environment before main, so the program starts itself again.
+static void sleep_early(char **argv) {
+    (void)argv;
+#ifdef _OPENMP
+    char self[PATH_MAX] = "";
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    setenv("KMP_BLOCKTIME", "0", 0);                        // clang's
+    if (readlink("/proc/self/exe", self, sizeof self - 1) > 0) execv(self, argv);
+#endif
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// How much memory is there?
+
+#include <sys/resource.h>
+
+// The number after `key` at the start of a line of a file; infinity if there is none.
+static double number_in(const char *path, const char *key) {
+    char line[256];
+    double number = INFINITY;
+    FILE *f = fopen(path, "r");
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, key, strlen(key)) && sscanf(line + strlen(key), "%lf", &number) == 1) break;
+    if (f) fclose(f);
+    return number;
+}
+
+// The least of free memory, ulimit -v and the limits (bytes; of either version) of our cgroup and those around
+// it; or infinity.
+static double memory_available(void) {
+    struct rlimit space;
+    char line[PATH_MAX], path[PATH_MAX + 64];
+    double least = 1024 * number_in("/proc/meminfo", "MemAvailable:");
+    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY)
+        least = fmin(least, (double)space.rlim_cur);
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f)) {                  // "0::/ours" or "4:memory:/ours"
+        int second = !strncmp(line, "0::/", 4);
+        char *group = second || strstr(line, ":memory:/") ? strchr(line, '/') : NULL;
+        char *end = group ? strchr(group, '\n') : NULL;
+        while (end) {
+            *end = 0;
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/memory.%s", second ? "" : "/memory", group,
+                     second ? "max" : "limit_in_bytes");
+            least = fmin(least, number_in(path, ""));
+            end = strrchr(group, '/');
+        }
+    }
+    if (f) fclose(f);
+    return least;
 }
