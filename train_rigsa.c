@@ -509,29 +509,26 @@ static size_t zero_flipped(Tensor *delta, uint64_t key, float sigma) {
     return flipped;
 }
 
-// One round: fills pruned (matrices), stores only the survivors from now on, and sends them where `then`
-// says.
-static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors then) {
-    size_t count = matrices(model), entries = 0, candidates = 0, survivors = 0, at = 0;
-    Cut *cut = allocate(count, sizeof(Cut));
+// One round: from now on only the survivors are stored. They go where `then` says. Fills pruned (matrices)
+// and returns their sum.
+static Pruned prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors then) {
+    size_t count = matrices(model), cuts = over == THRESHOLD_ALL ? 1 : count, at = 0;
+    Pruned all = { 0 };
+    Cut *cut = allocate(cuts, sizeof(Cut));
     for (size_t a = 0; a < count; a++) {
         Tensor *delta = delta_tensor(model, a);
         pruned[a] = (Pruned){ delta->n, zero_flipped(delta, delta_key(model, a), model->init.sigma), 0 };
-        entries += delta->n;
-        candidates += delta->n - pruned[a].flipped;
+        all.entries += pruned[a].entries;
+        all.flipped += pruned[a].flipped;
     }
-    for (size_t a = 0; a < count && over == THRESHOLD_MATRIX; a++) {
-        cut[a] = cut_magnitudes(delta_tensor(model, a)->value, pruned[a].entries,
-                                pruned[a].entries - pruned[a].flipped, keep);
-        survivors += cut[a].survivors;
-    }
-    if (over == THRESHOLD_ALL) {                                        // all DeltaW lie end to end
-        cut[0] = cut_magnitudes(delta_tensor(model, 0)->value, entries, candidates, keep);
-        survivors = cut[0].survivors;
+    for (size_t a = 0; a < cuts; a++) {                     // of a matrix, or of all, which lie end to end
+        const Pruned *of = over == THRESHOLD_ALL ? &all : &pruned[a];
+        cut[a] = cut_magnitudes(delta_tensor(model, a)->value, of->entries, of->entries - of->flipped, keep);
+        all.survivors += cut[a].survivors;
     }
     free_moments(model);
-    uint32_t *index = integers(survivors);
-    float *value = floats(survivors + count);               // the survivors, and after them the gates
+    uint32_t *index = integers(all.survivors);
+    float *value = floats(all.survivors + count);           // the survivors, and after them the gates
     for (size_t a = 0; a < count; a++) {
         Tensor *delta = delta_tensor(model, a);
         size_t first = at;
@@ -544,9 +541,9 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
         delta->value = value + first;
         delta->n = pruned[a].survivors = at - first;
     }
-    assert(at == survivors);
+    assert(at == all.survivors);
     Tensor *gates = gates_tensor(model);
-    gates->value = memcpy(value + survivors, gates->value, count * sizeof(float));
+    gates->value = memcpy(value + at, gates->value, count * sizeof(float));
     free(model->index_arena);
     free(model->value_arena);
     free(cut);
@@ -555,6 +552,7 @@ static void prune(Model *model, Pruned *pruned, double keep, Threshold over, Sur
     trained_arenas(model, delta_tensor(model, 0), gates + 1);
     if (then == SURVIVORS_REDRAW) model->init.draw++;
     if (then != SURVIVORS_KEEP) rewind_adapter(model);
+    return all;
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -1481,13 +1479,7 @@ static void rigsa_start(Run *run) {
 static void rigsa_end_pass(Run *run, size_t pass, Row *row) {
     Pruned *pruned = run->pruned + (pass - 1) * matrices(&run->model);
     if (pass == run->passes) return;
-    prune(&run->model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
-    Pruned all = { 0 };
-    for (size_t a = 0; a < matrices(&run->model); a++) {
-        all.entries += pruned[a].entries;
-        all.flipped += pruned[a].flipped;
-        all.survivors += pruned[a].survivors;
-    }
+    Pruned all = prune(&run->model, pruned, opt.keep, (Threshold)opt.threshold, (Survivors)opt.survivors);
     row->kept = (double)all.survivors / (double)max_size(all.entries, 1);
     row->flipped = (double)all.flipped / (double)max_size(all.entries, 1);
 }
