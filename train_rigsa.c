@@ -30,7 +30,7 @@
 //              5  AdamW          with decoupled weight decay, and the schedule
 //              6  Training       a batch, a pass, the rounds
 //              7  Scoring        exact match, multiple choice, loss
-//     Part II  8  Products       the fast matmul, and the one that computes only survivors
+//     Part II  8  Products       the fast matmul, the one that computes only survivors, the exponential
 //              9  Utilities      errors, memory, time, the hash
 //             10  Files          reading and writing models, data and tickets
 //             11  Memory         the table of tensors, the arenas, the plan
@@ -253,17 +253,6 @@ static Tensor *gates_tensor(Model *model) { return delta_tensor(model, matrices(
 typedef enum { FP32, BF16 } Precision;
 static Precision precision;
 
-// To bfloat16, ties to even. A NaN stays one: the carry out of its mantissa could make it a zero.
-static inline uint32_t round_bf16(float x) {
-    union { float f; uint32_t i; } u = { x };
-    return (x == x ? u.i + 0x7FFF + (u.i >> 16 & 1) : 0x7FC00000) >> 16;
-}
-
-static inline float widen_bf16(uint16_t x) {
-    union { uint32_t i; float f; } u = { (uint32_t)x << 16 };
-    return u.f;
-}
-
 // Floats in a vector register of the machine that this is compiled for.
 #if defined(__AVX512F__)
 enum { LANES = 16 };
@@ -286,6 +275,10 @@ static double seconds(void);
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+static inline uint32_t round_bf16(float x);                             // to bfloat16
+static inline float widen_bf16(uint16_t x);
+static inline float exponential(float x);                               // exp(x), in loops of vectors
+static float maximum(const float *x, size_t n);                         // n in whole vectors
 
 // -----------------------------------------------------------------------------------------------------------
 // 2. RIGSA
@@ -651,32 +644,6 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
     }
 }
 
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial (with the coefficients of Cephes'
-// expf) times a power of two. Within 2 ulp of the true value; 0 below -87, infinity above 88.72, and NaN
-// stays NaN. Unlike libm's it has no branch and no call, so the loops around it become vector code. Out of
-// its range it computes nonsense, and only then chooses.
-
-static inline float exponential(float x) {
-    // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-    const union { float f; uint32_t i; } magic = { 12582912.0f };
-    union { float f; uint32_t i; } rounded = { x * 1.44269504f + magic.f }, low, high;
-    float n = rounded.f - magic.f;
-    float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t whole = (int32_t)(rounded.i - magic.i), half = whole >> 1;
-    // 2^n in two factors: each is a normal number, even where 2^n is not
-    low.i = (uint32_t)(half + 127) << 23;
-    high.i = (uint32_t)(whole - half + 127) << 23;
-    float y = x < -87.0f ? 0.0f : p * low.f * high.f;
-    return x > 88.7228f ? INFINITY : y;
-}
-
 // Causal attention with grouped queries: head h of q (R, H, D) reads head h / G of k and v (K, KV, D). A row
 // of `query` sees the keys of its own sequence, from key_start[s] up to its own position. About QUERIES
 // queries at a time, the G heads of some rows one above the other, meet all keys that they may see: memory
@@ -714,19 +681,6 @@ static Block thread_block(const Attention *a) {
 static void copy_rows(float *to, size_t to_stride, const float *from, size_t stride,
                       size_t rows, size_t width) {
     for (size_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * stride, width * sizeof(float));
-}
-
-// The largest of x (n), n in whole vectors. LANES running maxima: a single one is a chain that gcc may not
-// reorder.
-static float maximum(const float *x, size_t n) {
-    float lane[LANES], highest = x[0];
-    for (int i = 0; i < LANES; i++) lane[i] = highest;
-    for (size_t j = 0; j < n; j += LANES) {
-        #pragma omp simd
-        for (int i = 0; i < LANES; i++) lane[i] = x[j + i] > lane[i] ? x[j + i] : lane[i];
-    }
-    for (int i = 0; i < LANES; i++) highest = lane[i] > highest ? lane[i] : highest;
-    return highest;
 }
 
 static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v,
@@ -1326,21 +1280,8 @@ typedef struct {
 
 static Method method;
 
-// Where several processes work on one run, the ranks of dev/mpi.c, these do what one does alone. Only rank 0
-// writes files.
-typedef struct {
-    int rank;
-    double (*gradient)(Run *run, const uint32_t *example, size_t count);
-    Score (*evaluate)(Run *run, const Data *data);
-    void (*compare)(Run *run);                          // are all about to make the same run?
-    int (*asked)(int number);                           // the signal that any of them got
-    void (*speak)(void);                                // before a line on an error: who says it?
-    double memory;                                      // bytes that this one may take
-} Ranks;
-
-static Ranks ranks;
-
 // What training and scoring use of Part II.
+static double batch_gradient(Run *run, const uint32_t *example, size_t n);  // loss_and_gradient, of all ranks
 static double trained_density(Model *model);            // the share of the matrices' entries that is trained
 static void after_update(Run *run, size_t pass, size_t t, size_t tokens);   // progress, saving, stopping
 static void after_scores(Run *run, const Data *data, size_t done, size_t tokens);
@@ -1424,7 +1365,7 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
 // Update t of a pass, on `count` examples. Returns the loss.
 static double update(Run *run, size_t pass, size_t t, const uint32_t *example, size_t count) {
     float factor = schedule(t, pass_updates(run, pass), opt.warmup, opt.cooldown);
-    double loss = ranks.gradient(run, example, count);
+    double loss = batch_gradient(run, example, count);
     if (!isfinite(loss) || !model_update(&run->model, t, factor))
         die("%s, update %zu: the %s is not finite. %s. %s/state.bin is as it was saved before",
             label(run, pass), t, isfinite(loss) ? "gradient" : "loss", run->updates
@@ -1572,12 +1513,10 @@ static Score evaluate(Run *run, const Data *data) {
     return score_verdicts(run->verdict, data);
 }
 
-static Ranks ranks = { .gradient = loss_and_gradient, .evaluate = evaluate };
-
 // -----------------------------------------------------------------------------------------------------------
 // Part II: the machine, and housekeeping
 // -----------------------------------------------------------------------------------------------------------
-// 8. Products
+// 8. Products, and the exponential
 //
 // The fast matmul computes c in tiles of MR x NR that stay in registers while k runs:
 //
@@ -1629,6 +1568,17 @@ static inline vec load_lanes(const float *from, size_t step, size_t n) {
     if (step == 1 && n >= LANES) return *(const vec_at *)from;
     for (size_t i = 0; i < min_size(n, LANES); i++) lanes.one[i] = from[i * step];
     return lanes.all;
+}
+
+// To bfloat16, ties to even. A NaN stays one: the carry out of its mantissa could make it a zero.
+static inline uint32_t round_bf16(float x) {
+    union { float f; uint32_t i; } u = { x };
+    return (x == x ? u.i + 0x7FFF + (u.i >> 16 & 1) : 0x7FC00000) >> 16;
+}
+
+static inline float widen_bf16(uint16_t x) {
+    union { uint32_t i; float f; } u = { (uint32_t)x << 16 };
+    return u.f;
 }
 
 // Operands in bfloat16, where no instruction multiplies those: rounded, and multiplied in fp32.
@@ -1838,8 +1788,63 @@ static void matmul(float *c, size_t ldc, View a, View b, size_t M, size_t N, siz
     }
 }
 
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: a polynomial (with the coefficients of Cephes'
+// expf) times a power of two. Within 2 ulp of the true value; 0 below -87, infinity above 88.72, and NaN
+// stays NaN. Unlike libm's it has neither branch nor call, so loops around it become vector code. Out of its
+// range it computes nonsense, and only then chooses.
+static inline float exponential(float x) {
+    // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+    const union { float f; uint32_t i; } magic = { 12582912.0f };
+    union { float f; uint32_t i; } rounded = { x * 1.44269504f + magic.f }, low, high;
+    float n = rounded.f - magic.f;
+    float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t whole = (int32_t)(rounded.i - magic.i), half = whole >> 1;
+    // 2^n in two factors: each is a normal number, even where 2^n is not
+    low.i = (uint32_t)(half + 127) << 23;
+    high.i = (uint32_t)(whole - half + 127) << 23;
+    float y = x < -87.0f ? 0.0f : p * low.f * high.f;
+    return x > 88.7228f ? INFINITY : y;
+}
+
+// LANES running maxima: a single one is a chain that gcc may not reorder.
+static float maximum(const float *x, size_t n) {
+    float lane[LANES], highest = x[0];
+    for (int i = 0; i < LANES; i++) lane[i] = highest;
+    for (size_t j = 0; j < n; j += LANES) {
+        #pragma omp simd
+        for (int i = 0; i < LANES; i++) lane[i] = x[j + i] > lane[i] ? x[j + i] : lane[i];
+    }
+    for (int i = 0; i < LANES; i++) highest = lane[i] > highest ? lane[i] : highest;
+    return highest;
+}
+
 // -----------------------------------------------------------------------------------------------------------
 // 9. Utilities
+
+// Where several processes work on one run, the ranks of dev/mpi.c, these do what one does alone. Only rank 0
+// writes files.
+typedef struct {
+    int rank;
+    double (*gradient)(Run *run, const uint32_t *example, size_t count);
+    Score (*evaluate)(Run *run, const Data *data);
+    void (*compare)(Run *run);                          // are all about to make the same run?
+    int (*asked)(int number);                           // the signal that any of them got
+    void (*speak)(void);                                // before a line on an error: who says it?
+    double memory;                                      // bytes that this one may take
+} Ranks;
+
+static Ranks ranks = { .gradient = loss_and_gradient, .evaluate = evaluate };
+
+static double batch_gradient(Run *run, const uint32_t *example, size_t n) {
+    return ranks.gradient(run, example, n);
+}
 
 // A user's error: one line, whatever a file had us quote, that says what is wrong, where, and what to run to
 // mend it.
@@ -1925,8 +1930,12 @@ static const char *mend(const char *kind) {
     return strcmp(kind, "stat") ? "train it again" : "start again without --resume";
 }
 
-// to (n bytes) = what the file has from byte `at` on. It may change: all that is used is in memory of ours,
-// where its hash is checked.
+// A file that cannot be used: what is wrong, and how to mend it.
+#define refuse(file, wrong, ...) \
+    die("%s: " wrong "; %s", (file)->path, ##__VA_ARGS__, mend((file)->kind))
+
+// to (n bytes) = what the file has from byte `at` on. It may change: what is used is in memory of ours, where
+// its hash is checked.
 static void file_read(const File *file, void *to, size_t n, size_t at) {
     ssize_t got = 1;
     for (size_t done = 0; done < n && got > 0; done += (size_t)got)
@@ -1937,78 +1946,80 @@ static void file_read(const File *file, void *to, size_t n, size_t at) {
 // Opens a file of this kind and checks that it is whole: header, length, and that its sections lie within it.
 static File file_open(const char *path, const char *kind) {
     struct stat info;
-    File file = { path, kind, open(path, O_RDONLY | O_NONBLOCK), 0, 0, NULL }; // do not wait for a pipe
-    if (file.fd < 0 && errno == ENOENT && *path != '/' && strcmp(kind, "stat"))
+    const int fd = open(path, O_RDONLY | O_NONBLOCK);       // do not wait for a pipe
+    File opened = { path, kind, fd, 0, 0, NULL }, *file = &opened;
+    if (fd < 0 && errno == ENOENT && *path != '/' && strcmp(kind, "stat"))
         die("%s: %s; start in the project's folder, or name another file (--%s FILE)", path, strerror(errno),
             strcmp(kind, "data") ? strcmp(kind, "tick") ? kind : "ticket" : "data or --eval");
-    if (file.fd < 0 || fstat(file.fd, &info)) die("%s: %s; %s", path, strerror(errno), mend(kind));
-    if (!S_ISREG(info.st_mode)) die("%s: not a file; %s", path, mend(kind));
+    if (fd < 0 || fstat(fd, &info)) refuse(file, "%s", strerror(errno));
+    if (!S_ISREG(info.st_mode)) refuse(file, "not a file");
     FileHeader header;
-    size_t at = sizeof header, length = file.length = (size_t)info.st_size;
-    if (length < sizeof header) die("%s: too short to be a file of rigsa.c; %s", path, mend(kind));
-    file_read(&file, &header, sizeof header, 0);
-    if (memcmp(header.magic, MAGIC, 8)) die("%s: not a file of rigsa.c; %s", path, mend(kind));
-    if (header.version == 0x01000000) die("%s: written on a big-endian machine; %s", path, mend(kind));
+    size_t at = sizeof header, length = file->length = (size_t)info.st_size;
+    if (length < sizeof header) refuse(file, "too short to be a file of rigsa.c");
+    file_read(file, &header, sizeof header, 0);
+    if (memcmp(header.magic, MAGIC, 8)) refuse(file, "not a file of rigsa.c");
+    if (header.version == 0x01000000) refuse(file, "written on a big-endian machine");
     if (header.version != 1)
         die("%s: version %u, this program reads version 1; take a newer one", path, header.version);
     if (memcmp(header.kind, kind, 4)) die("%s: holds `%.4s`, `%s` is needed here", path, header.kind, kind);
     if (header.length != length)
-        die("%s: %zu bytes where %zu were written; %s", path, length, (size_t)header.length, mend(kind));
-    if (header.sections > length / sizeof *file.head) die("%s: a section is cut off; %s", path, mend(kind));
-    file.head = allocate(header.sections, sizeof *file.head);
-    for (SectionHeader *head = file.head; file.sections < header.sections; at += padded(head++->length)) {
-        if (length - at < sizeof *head) die("%s: a section is cut off; %s", path, mend(kind));
-        file_read(&file, head, sizeof *head, at);
+        refuse(file, "%zu bytes where %zu were written", length, (size_t)header.length);
+    if (header.sections > length / sizeof *file->head) refuse(file, "a section is cut off");
+    file->head = allocate(header.sections, sizeof *file->head);
+    for (; file->sections < header.sections; file->sections++) {
+        SectionHeader *head = &file->head[file->sections];
+        if (length - at < sizeof *head) refuse(file, "a section is cut off");
+        file_read(file, head, sizeof *head, at);
         at += sizeof *head;
         if (head->length > length - at || padded(head->length) > length - at)
-            die("%s: section `%.16s` is cut off; %s", path, head->tag, mend(kind));
-        for (const SectionHeader *other = file.head; other < head; other++)
+            refuse(file, "section `%.16s` is cut off", head->tag);
+        for (const SectionHeader *other = file->head; other < head; other++)
             if (!strncmp(other->tag, head->tag, sizeof head->tag))
-                die("%s: has section `%.16s` twice; %s", path, head->tag, mend(kind));
-        file.sections++;
+                refuse(file, "has section `%.16s` twice", head->tag);
+        at += padded(head->length);
     }
-    if (at != length) die("%s: %zu bytes after the last section; %s", path, length - at, mend(kind));
-    return file;
+    if (at != length) refuse(file, "%zu bytes after the last section", length - at);
+    return opened;
 }
 
 static void file_close(File *file) { close(file->fd), free(file->head); }
 
-// A section's values, `size` bytes each, read to where they go or (NULL) to memory of their own, with a zero
-// behind them; the hash is checked. *count: how many there must be, or ANY, and then how many there are.
-// NULL when there is no such section.
-#define ANY ((size_t)-1)
-static void *section_at(void *to, const File *file, const char *tag, size_t *count, size_t size) {
-    size_t at = sizeof(FileHeader), wanted = *count;
-    const SectionHeader *head = file->head, *end = head + file->sections;
-    for (; head < end && strncmp(head->tag, tag, sizeof head->tag); head++)
-        at += sizeof *head + padded(head->length);
-    *count = 0;
-    if (head == end) return NULL;
-    *count = head->length / size;
-    if (head->length % size || (wanted != ANY && *count != wanted))
-        die("%s: section `%s` has %zu bytes, not %zu x %zu", file->path, tag, (size_t)head->length,
-            wanted == ANY ? *count : wanted, size);
-    if (!to) to = allocate(*count, size);
-    file_read(file, to, head->length, at + sizeof *head);
-    if (hash64(to, head->length) != head->hash)
-        die("%s: section `%s` is damaged; %s", file->path, tag, mend(file->kind));
-    return to;
+// A section's header, and in *at where its values lie in the file; NULL if there is no such section.
+static const SectionHeader *section_find(const File *file, const char *tag, size_t *at) {
+    *at = sizeof(FileHeader);
+    for (const SectionHeader *head = file->head; head < file->head + file->sections; head++) {
+        *at += sizeof *head;
+        if (!strncmp(head->tag, tag, sizeof head->tag)) return head;
+        *at += padded(head->length);
+    }
+    return NULL;
 }
 
-static void *section(const File *file, const char *tag, size_t size, size_t *count) {
-    *count = ANY;
-    return section_at(NULL, file, tag, count, size);
-}
-
-// One that must be there, with as many values.
+// A section that must be there, of so many values of `size` bytes, read to where they go or (NULL) to memory
+// of their own, with a zero behind them; its hash is checked.
 static void *needed_at(void *to, const File *file, const char *tag, size_t count, size_t size) {
-    to = section_at(to, file, tag, &count, size);
-    if (!to) die("%s: has no section `%s`", file->path, tag);
+    size_t at;
+    const SectionHeader *head = section_find(file, tag, &at);
+    if (!head) die("%s: has no section `%s`", file->path, tag);
+    const size_t length = head->length;
+    if (length % size || length / size != count)
+        die("%s: section `%s` has %zu bytes, not %zu x %zu", file->path, tag, length, count, size);
+    if (!to) to = allocate(count, size);
+    file_read(file, to, length, at);
+    if (hash64(to, length) != head->hash) refuse(file, "section `%s` is damaged", tag);
     return to;
 }
 
 static void *needed(const File *file, const char *tag, size_t count, size_t size) {
     return needed_at(NULL, file, tag, count, size);
+}
+
+// The same of a section that may be missing (NULL), with as many values as it has.
+static void *section(const File *file, const char *tag, size_t size, size_t *count) {
+    size_t at;
+    const SectionHeader *head = section_find(file, tag, &at);
+    *count = head ? head->length / size : 0;
+    return head ? needed(file, tag, *count, size) : NULL;
 }
 
 // The same, of numbers that must be finite.
@@ -2017,8 +2028,7 @@ static void numbers_at(float *to, const File *file, const char *tag, size_t n, s
     needed_at(to, file, tag, n, size);
     #pragma omp parallel for reduction(|:bad)
     for (size_t i = 0; i < n; i++) bad |= !isfinite(stored(to, i, size < sizeof(float)));
-    if (bad)
-        die("%s: section `%s` has a number that is not finite; %s", file->path, tag, mend(file->kind));
+    if (bad) refuse(file, "section `%s` has a number that is not finite", tag);
 }
 
 // Files are written under a temporary name, synced and renamed, and the folder is synced: whatever happens,
@@ -2136,8 +2146,7 @@ static Data data_open(const char *path) {
     needed_at(vocab, file, "vocab", 2, sizeof(uint32_t));
     data.V = vocab[0];
     data.length = section(file, "length", sizeof(uint32_t), &data.examples);
-    if (data.examples == 0 || data.examples > UINT32_MAX)
-        die("%s: holds no examples; %s", path, mend("data"));
+    if (data.examples == 0 || data.examples > UINT32_MAX) refuse(file, "holds no examples");
     data.answer = needed(file, "answer", data.examples, sizeof(uint32_t));
     data.offset = allocate(data.examples, sizeof(size_t));
     for (size_t e = 0; e < data.examples; data.tokens += data.length[e++]) {
@@ -2285,7 +2294,7 @@ static void base_read(Model *model, File *file, int trained) {
             if (t->bf16) t->bf16[i] = (uint16_t)round_bf16(w);
             else t->value[i] = w;
         }
-        if (!finite) die("%s: %s has a weight that is not finite; %s", file->path, t->name, mend("base"));
+        if (!finite) refuse(file, "%s has a weight that is not finite", t->name);
     }
     if (halve && bytes == 4) free(raw);
     file_close(file);
@@ -2445,7 +2454,7 @@ static const Option table[] = {
       "examples per forward pass, to save memory; 0: the whole batch" },
     { "precision", CHOICE, &precision, "fp32|bf16", "fp32",
       "of products and of what is kept for the backward pass" },
-    { "recompute", FLAG, &opt.recompute, "", "no",
+    { "recompute", FLAG, &opt.recompute, "no|yes", "no",
       "keep only the layers' inputs: a third more work, far less memory" },
     { "lr", REAL, &opt.lr, "0 to 10", "0.003", "learning rate of DeltaW" },
     { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.007", "learning rate of the gates" },
@@ -2462,23 +2471,28 @@ static const Option table[] = {
       "compare magnitudes within each matrix, or over all" },
     { "seed", COUNT, &opt.seed, "0 to 9e15", "1", "of DeltaW and of the order of the data" },
     MORE_OPTIONS
-    // those of the folder, which are no settings: a run may go on in another one, and be saved more often
     { "out", TEXT, &opt.out, "FOLDER", "out", "for the table, the settings and the ticket" },
     { "save-every", REAL, &opt.save_every, "0 to 1e9", "300",
       "seconds between saves of the run; 0: only after each round" },
-    { "resume", FLAG, &opt.resume, "", "no",
+    { "resume", FLAG, &opt.resume, "no|yes", "no",
       "go on with the run that the output folder holds, with its settings" },
-    { "overwrite", FLAG, &opt.overwrite, "", "no", "replace the run that the output folder holds" },
+    { "overwrite", FLAG, &opt.overwrite, "no|yes", "no", "replace the run that the output folder holds" },
 };
-enum { OPTIONS = sizeof table / sizeof *table, SETTINGS = OPTIONS - 4 };
+enum { OPTIONS = sizeof table / sizeof *table };
 static int given[OPTIONS];                  // how often the user named it
-static char *settings_folder;                      // where relative paths of the settings start
+static char *settings_folder;               // where relative paths of the settings start
+
+// What makes a run what it is. It may go on in another folder, and be saved more often.
+static int is_setting(const Option *o) {
+    return o->where != &opt.out && o->where != &opt.save_every
+        && o->where != &opt.resume && o->where != &opt.overwrite;
+}
 
 static void usage(void) {
     printf("Trains a RIGSA adapter for a SmolLM2 language model.\n\n");
     printf("    ./" PROGRAM " [--option value ...]\n\n");
     for (const Option *o = table; o < table + OPTIONS; o++) {
-        printf("  --%s %s\n        %s", o->name, o->range, o->help);
+        printf("  --%s %s\n        %s", o->name, o->type == FLAG ? "" : o->range, o->help);
         printf(*o->start && o->type != FLAG ? " (default %s)\n" : "\n", o->start);
     }
     printf("  --help\n        this text\n");
@@ -2498,9 +2512,8 @@ static double parse_number(const Option *o, const char *text) {
 
 // Of a list the n-th value, which ends it.
 static void option_set(const Option *o, char *text, int n) {
-    const char *choices = o->type == FLAG ? "no|yes" : o->range;
-    int place = o->type == FLAG || o->type == CHOICE ? choice_place(choices, text) : 0;
-    if (place < 0) die("--%s: `%s` is none of %s", o->name, text, choices);
+    int place = o->type == FLAG || o->type == CHOICE ? choice_place(o->range, text) : 0;
+    if (place < 0) die("--%s: `%s` is none of %s", o->name, text, o->range);
     if (n >= MAX_EVALS) die("--%s: at most %d of them", o->name, MAX_EVALS);
     switch (o->type) {
     case TEXT: *(char **)o->where = text; break;
@@ -2518,7 +2531,7 @@ static int option_find(const char *name) {
 
 // Its n-th value as a user would write it, in `word` if it is no text; NULL after the last.
 static const char *option_word(const Option *o, int n, char word[24]) {
-    const char *choice = o->type == FLAG ? "no|yes" : o->range;
+    const char *choice = o->range;
     if (o->type == LIST) return ((char **)o->where)[n];
     if (n > 0) return NULL;
     switch (o->type) {
@@ -2543,8 +2556,8 @@ static char *settings_text(void) {
     char *text, room[24];
     size_t size;
     FILE *to = open_memstream(&text, &size);
-    for (const Option *o = table; o < table + SETTINGS; o++)
-        for (int n = 0; (word = option_word(o, n, room)); n++)
+    for (const Option *o = table; o < table + OPTIONS; o++)
+        for (int n = 0; is_setting(o) && (word = option_word(o, n, room)); n++)
             if (*word) fprintf(to, "%-16s %s\n", o->name, word);
     fclose(to);
     return text;
@@ -2555,15 +2568,20 @@ static char *output_path(const char *name, char path[PATH_MAX]) {
     return path;
 }
 
-// The settings of the run that goes on: those that the user did not give are set, the others must be the
-// same. Of files only that there is one: hashes decide.
-static void settings_resume(char *settings) {
+// Returns the settings of the run that goes on: those that the user did not give are set, the others must be
+// the same. Of files only that there is one: hashes decide.
+static char *settings_resume(const File *file) {
+    size_t n;
     int taken[OPTIONS] = { 0 };
-    for (char *line; (line = strsep(&settings, "\n")) && *line; ) {
+    char *settings = section(file, "settings", 1, &n), *rest, *line;
+    settings_folder = section(file, "folder", 1, &n);
+    if (!settings || !settings_folder) refuse(file, "damaged");
+    rest = strdup(settings);
+    while ((line = strsep(&rest, "\n")) && *line) {
         char room[24], name[24] = "", *value = strlen(line) > 17 ? line + 17 : "";
         sscanf(line, "%23s", name);
         int i = option_find(name);
-        if (i < 0 || i >= SETTINGS || !*value) die("%s/state.bin: damaged; %s", opt.out, mend("stat"));
+        if (i < 0 || !is_setting(&table[i]) || !*value) refuse(file, "damaged");
         const Option *o = &table[i];
         int path = o->type == TEXT || o->type == LIST;
         const char *word = option_word(o, 0, room);
@@ -2577,6 +2595,7 @@ static void settings_resume(char *settings) {
         option_set(o, text, taken[i]++);
     }
     for (int i = 0; i < OPTIONS; i++) given[i] += taken[i];
+    return settings;
 }
 
 // Returns the settings of the run that goes on, or NULL.
@@ -2600,12 +2619,8 @@ static char *parse_options(int argc, char **argv) {
     settings_folder = getcwd(NULL, 0);
     if (opt.resume && opt.overwrite) die("--resume goes on with the run that --overwrite would replace");
     if (opt.resume) {
-        size_t n;
         File file = file_open(output_path("state.bin", path), "stat");
-        settings_folder = section(&file, "folder", 1, &n);
-        settings = section(&file, "settings", 1, &n);
-        if (!settings || !settings_folder) die("%s: damaged; %s", path, mend("stat"));
-        settings_resume(strdup(settings));
+        settings = settings_resume(&file);
         file_close(&file);
     }
     if (opt.lr * opt.weight_decay >= 1)
@@ -2884,7 +2899,7 @@ static void state_load(Run *run, const File *file) {
     most = run->rows ? updates_before(run, min_size(run->rows, run->passes) + 1) : 0;
     if (!row || !loss || !(clock[0] >= 0 && clock[1] >= 0) || run->rows > run->passes + 1
         || run->updates < updates_before(run, run->rows) || run->updates > most)
-        die("%s: damaged; %s", file->path, mend("stat"));
+        refuse(file, "damaged");
     needed_at(run->score, file, "scores", run->rows * run->evals, sizeof(Score));
     needed_at(run->pruned, file, "pruned", rounds_pruned(run) * matrices(&run->model), sizeof(Pruned));
     memcpy(run->row, row, run->rows * sizeof(Row));

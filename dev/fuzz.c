@@ -179,11 +179,8 @@ static void use_state(void) {
     make_run(&run);
     memset(given, 0, sizeof given);
     more.method = METHOD_RIGSA;
-    size_t size;
     File file = file_open("input", "stat");
-    char *saved = section(&file, "settings", 1, &size);
-    if (!saved) die("nothing is saved");
-    settings_resume(saved);
+    settings_resume(&file);
     int full = more.method == METHOD_FULL;
     make_run(&run);
     method = method_of[full ? METHOD_FULL : METHOD_RIGSA];

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // wide.h: what train_rigsa.c need not know of the machine. It makes the trainer faster, on some processors or
-// beside other programs, and refuse what does not fit into memory. The trainer includes it in its section 8 when
-// it is built with -DWIDE='"dev/wide.h"', as the Makefile does, and is complete without it. It knows vectors,
+// beside other programs, and says how much memory there is. The trainer includes it in its section 8 when it
+// is built with -DWIDE='"dev/wide.h"', as the Makefile does, and is complete without it. It knows vectors,
 // tiles, kernels, threads and memory, and nothing of models.
 //
 //     choose_threads     as many as are fastest on a busy machine                    the same bits
@@ -489,8 +489,8 @@ static double number_in(const char *path, const char *key) {
     return number;
 }
 
-// The least of free memory, ulimit -v and the limits (bytes; of either version) of our cgroup and those around
-// it; or infinity.
+// The least of free memory, ulimit -v and the limits (bytes; of either version) of our cgroup and those
+// around it; or infinity.
 static double memory_available(void) {
     struct rlimit space;
     char line[PATH_MAX], path[PATH_MAX + 64];
