@@ -2728,32 +2728,22 @@ static void draw_example(Run *run) {
            glyph(data, data->token[data->answer[0]]));
 }
 
-// A CSV file, written anew: begun with its first line, and ended. The latter returns 0 or an errno.
-static FILE *csv_begin(const char *name, const char *heading) {
-    char path[PATH_MAX];
-    FILE *f = file_begin(output_path(name, path));
-    if (f) fputs(heading, f);
-    return f;
-}
+// Files for programs, each written anew.
 
-static int csv_end(FILE *f, const char *name) {
-    char path[PATH_MAX];
-    return file_end(f, output_path(name, path));
-}
+static void write_settings(FILE *f, const Run *run) { fputs(run->settings, f); }
 
-static int table_save(const Run *run) {
-    FILE *f = csv_begin("table.csv", "round,density,kept,flipped");
-    for (size_t i = 0; f && i < run->evals; i++)
+static void write_table(FILE *f, const Run *run) {
+    fprintf(f, "round,density,kept,flipped");
+    for (size_t i = 0; i < run->evals; i++)
         fprintf(f, ",%s,%s_error", run->eval[i].column, run->eval[i].column);
-    if (f) fprintf(f, ",seconds\n");
-    for (size_t r = 0; f && r < run->rows; r++) {
+    fprintf(f, ",seconds\n");
+    for (size_t r = 0; r < run->rows; r++) {
         const Row *row = &run->row[r];
         fprintf(f, "%s,%.6f,%.6f,%.6f", label(run, r), row->density, row->kept, row->flipped);
         for (const Score *s = run->score + r * run->evals; s < run->score + (r + 1) * run->evals; s++)
             fprintf(f, ",%.6f,%.6f", s->value, s->error);
         fprintf(f, ",%.1f\n", row->seconds);
     }
-    return csv_end(f, "table.csv");
 }
 
 // How many rounds have been pruned.
@@ -2762,29 +2752,34 @@ static size_t rounds_pruned(const Run *run) {
 }
 
 // What the rounds kept and flipped, matrix by matrix.
-static int pruning_save(const Run *run) {
+static void write_pruning(FILE *f, const Run *run) {
     static const char *const KIND[ADAPTED] = { "q", "k", "v", "o", "gate", "up", "down" };
-    size_t count = matrices(&run->model), all = rounds_pruned(run) * count;
-    if (method.end_pass != rigsa_end_pass) return 0;
-    FILE *f = csv_begin("pruning.csv", "round,layer,kind,entries,flipped,kept\n");
-    for (size_t i = 0; f && i < all; i++)
+    size_t count = matrices(&run->model);
+    fprintf(f, "round,layer,kind,entries,flipped,kept\n");
+    for (size_t i = 0; i < rounds_pruned(run) * count; i++)
         fprintf(f, "%zu,%zu,%s,%zu,%zu,%zu\n", 1 + i / count, i % count / ADAPTED, KIND[i % ADAPTED],
                 run->pruned[i].entries, run->pruned[i].flipped, run->pruned[i].survivors);
-    return csv_end(f, "pruning.csv");
 }
 
-static int losses_save(const Run *run) {
-    FILE *f = csv_begin("loss.csv", "pass,update,loss\n");
-    for (size_t pass = 1, at = 0; f && at < run->updates; pass++)
+static void write_losses(FILE *f, const Run *run) {
+    fprintf(f, "pass,update,loss\n");
+    for (size_t pass = 1, at = 0; at < run->updates; pass++)
         for (size_t t = 1, end = updates_before(run, pass + 1); at < min_size(end, run->updates); t++)
             fprintf(f, "%s,%zu,%.6f\n", label(run, pass), t, run->loss[at++]);
-    return csv_end(f, "loss.csv");
+}
+
+// The folder's file of this name. Returns 0 or an errno, as those that follow do.
+static int text_save(const Run *run, const char *name, void (*write)(FILE *f, const Run *run)) {
+    char path[PATH_MAX];
+    FILE *f = file_begin(output_path(name, path));
+    if (f) write(f, run);
+    return file_end(f, path);
 }
 
 static int tables_save(const Run *run) {
-    int error = table_save(run);
-    if (!error) error = pruning_save(run);
-    return error ? error : losses_save(run);
+    int error = text_save(run, "table.csv", write_table);
+    if (!error && method.end_pass == rigsa_end_pass) error = text_save(run, "pruning.csv", write_pruning);
+    return error ? error : text_save(run, "loss.csv", write_losses);
 }
 
 // What a ticket says of the adapter is enough to make W again. A dense one has no index.
@@ -3023,25 +3018,29 @@ static void start_folder(Run *run) {
 // dev/evaluate.c, which generates, needs more
 static void (*generation_room)(Largest *batch, const Run *run);
 
+// Examples in the base's tokens.
+static Data data_of(Run *run, const char *path, uint64_t *hash) {
+    Data data = data_open(path);
+    if (data.V != run->model.config.V)
+        die("%s has a vocabulary of %u, %s of %u", path, data.V, opt.base, run->model.config.V);
+    run->held += data.tokens + 4 * data.examples;
+    *hash = data.hash;
+    return data;
+}
+
 static void load_data(Run *run) {
-    const char *base = opt.base;
-    uint32_t V = run->model.config.V;
     size_t largest = 0;
-    if (*opt.data) run->data = data_open(opt.data);
-    if (run->data.V && run->data.V != V)
-        die("%s has a vocabulary of %u, %s of %u", opt.data, run->data.V, base, V);
+    if (*opt.data) run->data = data_of(run, opt.data, &run->hash[1]);
     if (run->data.choices) die("%s holds wrong choices, which nobody should learn: not for --data", opt.data);
-    run->hash[1] = run->data.hash;
-    run->held = run->data.tokens + 4 * run->data.examples;
     for (; opt.evals[run->evals]; run->evals++) {
         const char *path = opt.evals[run->evals];
         Data *eval = &run->eval[run->evals];
-        *eval = data_open(path);
-        if (!eval->column[0]) die("%s: has no column and metric, it is not an evaluation set", path);
-        if (eval->V != V) die("%s has a vocabulary of %u, %s of %u", path, eval->V, base, V);
+        *eval = data_of(run, path, &run->hash[2 + run->evals]);
+        largest = max_size(largest, eval->examples);
+        size_t n = strlen(eval->column);
+        if (n == 0) die("%s: has no column and metric, it is not an evaluation set", path);
         if (eval->metric == NUMBER && !generation_room)
             die("%s: its answers are generated; ./evaluate_rigsa --eval %s does that", path, path);
-        size_t n = strlen(eval->column);
         if (choice_place("round|density|kept|flipped|seconds", eval->column) >= 0
             || (n >= 6 && !strcmp(eval->column + n - 6, "_error")))
             die("%s: its column is called `%s`, as one that table.csv has", path, eval->column);
@@ -3049,9 +3048,6 @@ static void load_data(Run *run) {
             if (!strcmp(other->column, eval->column))
                 die("%s and %s are both called `%s`: leave one out, or make it again with another column",
                     other->path, path, eval->column);
-        run->hash[2 + run->evals] = eval->hash;
-        run->held += eval->tokens + 4 * eval->examples;
-        largest = max_size(largest, eval->examples);
     }
     run->verdict = allocate(largest, sizeof(Verdict));
 }
@@ -3168,9 +3164,7 @@ static void begin_training(Run *run) {
     signal(SIGXFSZ, SIG_IGN);  // beyond ulimit -f is an error of write(), like a full disk
     if (opt.resume) file = file_open(state, "stat"), state_load(run, &file);
     else start_folder(run);
-    FILE *settings = file_begin(output_path("settings.txt", path));
-    if (settings) fputs(run->settings, settings);
-    must_write(path, file_end(settings, path));
+    must_write(output_path("settings.txt", path), text_save(run, "settings.txt", write_settings));
     pace.saved = pace.began = seconds();
     print_table(run);
     int begun = run->rows > 0;
