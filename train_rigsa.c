@@ -51,9 +51,8 @@
 //      C  hidden size     F  feed-forward size      L  layers                 V  vocabulary
 //      H  query heads     KV  key/value heads    G = H / KV  heads that share a key      D  size of a head
 //      O, I  rows (outputs) and columns (inputs) of a linear matrix: y (N, O) = x (N, I) W^T
-// A gradient has the name of its variable with a d in front (only dlogits takes the logits' place). Gradients
-// of parameters only ever accumulate. A function writes its first arguments, reads the next ones, and takes
-// sizes last.
+// A gradient has the name of its variable with a d in front (only dlogits takes the logits' place). Those of
+// parameters only accumulate. A function writes its first arguments, reads the next ones, takes sizes last.
 
 #ifndef PROGRAM             // dev/evaluate.c includes this file, and has a name and a main of its own
 #define PROGRAM "train_rigsa"
@@ -101,9 +100,8 @@ static void omp_set_num_threads(int threads) { (void)threads; }
 // -----------------------------------------------------------------------------------------------------------
 // 1. Nouns
 //
-// What the functions work on. A model is one table of tensors. A batch is rows of tokens. A layer keeps what
-// its backward pass needs. Shapes stand in brackets where a pointer is born: (N, C) is N rows of C floats,
-// one row after the other.
+// A model is one table of tensors. A batch is rows of tokens. A layer keeps what its backward pass needs.
+// Shapes stand in brackets where a pointer is born: (N, C) is N rows of C floats, one after the other.
 
 typedef struct {        // the `config` section of a base file (doc/model.md)
     uint32_t C, F, L, H, KV, D, V;
@@ -208,8 +206,7 @@ typedef struct Model Model;
 typedef struct {
     // the matrix (O, I) that forward and dx use in t's place
     const float *(*weight)(Model *model, Tensor *t);
-    // from a product's input x (N, I) and the gradient dy (N, O) of its output, add to the gradients that are
-    // trained
+    // from a product's input x (N, I) and its output's gradient dy (N, O), adds to those of what is trained
     void (*gradient)(Model *model, Tensor *t, const float *x, const float *dy, size_t N);
 } Adapter;
 
@@ -296,8 +293,8 @@ static View turned(const float *x, size_t width) { return (View){ x, 1, width };
 //
 //     y  (N, O) = x (N, I) W^T       dx (N, I) = dy (N, O) W       dW (O, I) = dy^T x
 //
-// are this one function, but for dW where few entries survive, and so are attention's. This is what it means.
-// The fast one, in section 8, must equal it.
+// are this one function, but for dW where few entries survive, and so are attention's. This is what it means,
+// and what the fast one, in section 8, must equal.
 __attribute__((unused))
 static void matmul_naive(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
     for (size_t i = 0; i < M; i++)
@@ -310,8 +307,7 @@ static void matmul_naive(float *c, size_t ldc, View a, View b, size_t M, size_t 
 
 static void matmul(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add);
 
-// dw[k] = entry index[k] of dy^T x, for the n entries of a mask: only survivors are differentiated (section
-// 8, too).
+// dw[k] = entry index[k] of dy^T x, for the n entries of a mask: only survivors are differentiated.
 static void sampled_product(float *dw, const uint32_t *index, size_t n, const float *dy, const float *x,
                             float *x_t, size_t O, size_t I, size_t N);
 static double sampled_below(void);      // the density below which that is faster than the whole product
@@ -322,8 +318,7 @@ static double sampled_below(void);      // the density below which that is faste
 
 #define GOLDEN 0x9E3779B97F4A7C15u          // 2^64 / golden ratio: consecutive multiples are spread evenly
 
-// The finalizer of splitmix64 (Steele, Lea & Flood 2014): a bijection of 64 bits; each input bit flips half
-// of the others.
+// The finalizer of splitmix64 (Steele, Lea & Flood 2014), a bijection: each bit flips half of the others.
 static inline uint64_t mix(uint64_t z) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
@@ -375,8 +370,7 @@ static inline float frozen(const Tensor *t, size_t i) {
     return t->bf16 ? widen_bf16(t->bf16[i]) : t->value[i];
 }
 
-// The weight: W = W0 + alpha * (mask . DeltaW), one pass over the matrix. A pruned entry is not stored, and
-// there W is the pretrained weight again.
+// The weight: W = W0 + alpha * (mask . DeltaW). Where an entry is pruned, it is the pretrained weight again.
 static const float *rigsa_weight(Model *model, Tensor *t) {
     const size_t a = (size_t)t->adapter;
     const Tensor *delta = delta_tensor(model, a);
@@ -431,8 +425,7 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
 
 static const Adapter RIGSA = { rigsa_weight, rigsa_gradient };
 
-// The plain adapter: W = W0. The gradient of the weight itself, where it is trained (`--method full`): dW0 +=
-// dy^T x.
+// The plain adapter: W = W0. Where the weight itself is trained (`--method full`):     dW0 += dy^T x
 static const float *plain_weight(Model *model, Tensor *t) {
     if (!t->bf16) return t->value;
     #pragma omp parallel for simd
@@ -448,9 +441,8 @@ static void plain_gradient(Model *model, Tensor *t, const float *x, const float 
 static const Adapter PLAIN = { plain_weight, plain_gradient };
 
 // Pruning. After a pass, an entry of DeltaW is a candidate if it has the sign that it started with (zero has
-// none: it counts as flipped). The largest candidates by |DeltaW| survive: floor(keep * candidates + 1/2) of
-// them, ties to the lower index, within each matrix or over all of them together. The rest leave the mask for
-// good. alpha's sign plays no part.
+// none: it counts as flipped). The largest by |DeltaW| survive: floor(keep * candidates + 1/2) of them, ties
+// to the lower index, within each matrix or of all. The rest leave the mask for good. alpha plays no part.
 
 typedef enum { SURVIVORS_REWIND, SURVIVORS_KEEP, SURVIVORS_REDRAW } Survivors; // back, kept or drawn anew
 typedef enum { THRESHOLD_MATRIX, THRESHOLD_ALL } Threshold;             // magnitudes are compared within
@@ -458,8 +450,7 @@ typedef enum { THRESHOLD_MATRIX, THRESHOLD_ALL } Threshold;             // magni
 typedef struct { size_t entries, flipped, survivors; } Pruned;      // of one matrix, in one round
 typedef struct { size_t survivors, ties; float threshold; } Cut;    // all above the threshold, and some ties
 
-// The k-th largest magnitude in x (n), 1 <= k <= n, bit by bit from the top: magnitudes are in the order of
-// their bits.
+// The k-th largest magnitude in x (n), 1 <= k <= n, bit by bit from the top: bits are in magnitudes' order.
 static float kth_largest(const float *x, size_t n, size_t k) {
     union { uint32_t bits; float value; } found = { 0 };
     for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
@@ -502,8 +493,7 @@ static size_t zero_flipped(Tensor *delta, uint64_t key, float sigma) {
     return flipped;
 }
 
-// One round: from now on only the survivors are stored. They go where `then` says. Fills pruned (matrices)
-// and returns their sum.
+// One round: only the survivors stay, and go where `then` says. Fills pruned (matrices), returns their sum.
 static Pruned prune(Model *model, Pruned *pruned, double keep, Threshold over, Survivors then) {
     size_t count = matrices(model), cuts = over == THRESHOLD_ALL ? 1 : count, at = 0;
     Pruned all = { 0 };
@@ -554,12 +544,10 @@ static Pruned prune(Model *model, Pruned *pruned, double keep, Threshold over, S
 // Each layer is two functions. Forward computes the output from the input. Backward is given the gradient of
 // the output and makes that of the input, and where there is a weight adds to its gradient. One rule is
 // behind all of them, the chain rule: if y = f(x), then dx_j = sum_i dy_i df_i/dx_j. A value that was used
-// twice gets the sum of both gradients, which is why so much here is added to. What backward needs of forward
-// is kept where it is small (rstd, lse) and computed again where it is large (p, the norms' outputs).
-// Derivations are in doc/backward.md.
+// twice gets the sum of both gradients, so much is added to. What backward needs of forward is kept where it
+// is small (rstd, lse) and computed again where it is large (p, the norms' outputs): see doc/backward.md.
 
-// out (N, C) = the rows of from (..., C) that index names: tokens' embeddings, answer rows, keys of a shared
-// prefix.
+// out (N, C) = the rows of from (..., C) that index names: tokens' embeddings, answer rows, shared keys.
 static void gather_forward(float *out, const float *from, const uint32_t *index, size_t N, size_t C) {
     #pragma omp parallel for
     for (size_t n = 0; n < N; n++) memcpy(out + n * C, from + index[n] * C, C * sizeof(float));
@@ -574,8 +562,7 @@ static void gather_backward(float *dfrom, const float *dout, const uint32_t *ind
             for (size_t c = first; c < end; c++) dfrom[index[n] * C + c] += dout[n * C + c];
 }
 
-// out (N, C) = x * rstd * w, with w (C) and rstd (N) = 1 / sqrt(mean(x^2) + eps), which the backward pass
-// needs, too.
+// out (N, C) = x * rstd * w, with w (C) and rstd (N) = 1 / sqrt(mean(x^2) + eps), which backward needs, too.
 static void rmsnorm_forward(float *out, float *rstd, const float *x, const float *w, float eps,
                             size_t N, size_t C) {
     #pragma omp parallel for
@@ -613,8 +600,7 @@ static void rmsnorm_backward(float *dx, float *dw, const float *dy, const float 
     }
 }
 
-// cosine and sine (T, D / 2) of the angle position * theta^(-2i / D), in single precision as Hugging Face
-// computes it.
+// cosine and sine (T, D / 2) of the angle position * theta^(-2i / D), in fp32 as Hugging Face computes it.
 static void rope_table(float *cosine, float *sine, size_t T, size_t D, float theta) {
     for (size_t t = 0; t < T; t++)
         for (size_t i = 0; i < D / 2; i++) {
@@ -659,12 +645,10 @@ typedef struct {
 
 enum { QUERIES = 144 };
 
-// What a thread works with: some rows' queries of one group, one above the other, and as many rows of the
-// rest.
+// What a thread works with: some rows' queries of one group, one above the other, and what belongs to them.
 typedef struct { float *p, *dp, *q, *dq, *out, *dout; } Block;         // (queries, wide) twice, (queries, D)
 
-// Keys in whole vectors, so that no loop over them has a rest. What is not a key that the query may see is
-// masked.
+// Keys in whole vectors, so that no loop over them has a rest. What a query may not see is masked.
 static size_t whole_vectors(size_t keys) { return round_up(keys, LANES); }
 static size_t block_floats(size_t G, size_t T, size_t D) {
     return max_size(QUERIES, G) * (2 * whole_vectors(T) + 4 * D);
@@ -724,8 +708,7 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
             }
 }
 
-// The passes in reverse; p is computed again from q, k and lse. dq is written. dk and dv, which G heads
-// share, accumulate.
+// The passes in reverse; p is computed again from q, k and lse. dk and dv, which G heads share, accumulate.
 static void attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out,
                                const float *lse, const float *q, const float *k, const float *v,
                                const Attention *a) {
@@ -796,8 +779,7 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, const flo
     }
 }
 
-// For each row of logits (M, V): logp, the log-probability of its target, and best, its most likely token
-// (the first on ties).
+// For each row of logits (M, V): logp, of its target, and best, its most likely token (the first on ties).
 static void crossentropy_forward(float *logp, uint32_t *best, const float *logits, const uint32_t *target,
                                  size_t M, size_t V) {
     #pragma omp parallel for
@@ -864,8 +846,7 @@ static const float *pick(float *picked, const float *x, const Rows *rows, size_t
     return picked;
 }
 
-// Whether attention reads copies of keys and values: where sequences share rows, or have keys of earlier
-// batches.
+// Whether attention reads copies of keys: where sequences share rows, or have keys of earlier batches.
 static int keys_are_copied(const Batch *batch) { return batch->key_place || batch->K != batch->all.n; }
 
 // The batch's keys, or values, x (N, n): where they are, or copied to a stretch per sequence, copies (K, n).
@@ -888,7 +869,7 @@ static Attention layer_attention(const Model *model, const Batch *batch, size_t 
                         batch->S, c->H, c->KV, c->D, model->acts.T };
 }
 
-// Everything of layer l that its backward pass reads, from its input layer->x.
+// Computes all of layer l that its backward pass reads, from its input layer->x.
 static void layer_forward(Model *model, const Batch *batch, size_t l) {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
@@ -917,8 +898,7 @@ static void layer_forward(Model *model, const Batch *batch, size_t l) {
     linear_forward(model, layer->up, layer_tensor(model, l, WUP), acts->xn, R, 0);
 }
 
-// Where the layers share their arrays: a copy for the backward pass, in bfloat16 with that precision, or
-// `back` from it.
+// Where layers share their arrays, this saves a layer's for its backward pass, or with `back` restores them.
 static void layer_copy(Activations *acts, size_t l, int back) {
     float *x = acts->layer[l].x, *saved = acts->layer[l].saved;
     float *to = back ? x : saved, *from = back ? saved : x;
@@ -983,8 +963,7 @@ static double head_forward_backward(Model *model, const Batch *batch, float weig
     return loss;
 }
 
-// Attention's part of a layer's backward pass, from acts.datt to dq, dk and dv, which are gradients before
-// rope.
+// Attention's part of a layer's backward pass, from acts.datt to dq, dk and dv as they were before rope.
 static void layer_attention_backward(Model *model, const Batch *batch, size_t l) {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
@@ -1009,8 +988,7 @@ static void layer_attention_backward(Model *model, const Batch *batch, size_t l)
     rope(acts->dk, acts->cosine, acts->sine, batch->all.position, -1, N, c->KV, c->D);
 }
 
-// The mirror of model_forward: dx (R, C), the gradient of the layer's output, becomes that of its input,
-// layer by layer.
+// The mirror of model_forward: layer by layer dx (R, C), of its output, becomes the gradient of its input.
 static void model_backward(Model *model, const Batch *batch) {
     const Config *c = &model->config;
     Activations *acts = &model->acts;
@@ -1059,9 +1037,8 @@ static void model_backward(Model *model, const Batch *batch) {
 //     m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2
 //     w = w (1 - lr decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 //
-// Decay is decoupled from the gradient (Loshchilov & Hutter 2019). Only stored values exist here: an entry
-// that a mask has removed is neither stepped nor decayed, because it is not there. `clip` scales the
-// gradient.
+// Decay is decoupled from the gradient (Loshchilov & Hutter 2019). An entry that a mask has removed is
+// neither stepped nor decayed, because it is not there. `clip` scales the gradient.
 
 // With bf16 a moment is stored in eight bits: what changes it by less than a 256th is lost. An update moves m
 // by a tenth and v by a twentieth of the way to the new gradient, so m ends within 4 % and v within 8 % of
@@ -1145,9 +1122,8 @@ static float schedule(size_t t, size_t updates, double warmup, double cooldown) 
 // 6. Training
 //
 // In an update some examples become a batch, forward gives their loss, backward its gradient, and AdamW takes
-// a step. A pass is updates over the examples in random order. RIGSA is a number of passes, the rounds, each
-// of which ends with pruning and rewinding, and then one without, the ticket's. Only answers count in the
-// loss, because prompts are given.
+// a step. A pass is updates over the examples in random order. RIGSA is some passes, the rounds, which end
+// with pruning and rewinding, and one without, the ticket's. Only answers count: prompts are given.
 
 // Examples, or an evaluation set (doc/model.md), all of it in memory.
 typedef struct {
@@ -1307,8 +1283,7 @@ static size_t updates_before(const Run *run, size_t pass) {
     return n;
 }
 
-// order = the examples of one pass: whole permutations of the data (Fisher and Yates), a fresh one each time
-// round, until there are `count`.
+// order = the examples of a pass: fresh permutations of the data (Fisher and Yates) until there are `count`.
 static void visit_order(uint32_t *order, const Data *data, size_t count, uint64_t seed, size_t pass) {
     const size_t n = data->examples;
     for (size_t at = 0, epoch = 0; at < count; at += n, order += n, epoch++) {
@@ -1343,8 +1318,8 @@ static double micro_gradient(Run *run, const uint32_t *example, size_t n, size_t
 
 static size_t micro_batch(size_t count) { return opt.micro ? min_size(opt.micro, count) : count; }
 
-// Gradients of the mean loss over the answer tokens of `count` examples: the sum over micro-batches, in their
-// order. Returns that loss.
+// Gradients of the mean loss, which is returned, over the answer tokens of `count` examples: the sum over
+// micro-batches, in their order.
 static double loss_and_gradient(Run *run, const uint32_t *example, size_t count) {
     Model *model = &run->model;
     size_t micro = micro_batch(count), n = model->trained;
@@ -1432,8 +1407,7 @@ static Method method = { "ticket", rigsa_prepare, rigsa_start, NULL, rigsa_end_p
 //
 // What a model knows is asked in three ways: is each token of the answer the one that it finds most likely
 // (exact), which of several answers is likelier than the others (acc, or acc_norm by its characters), and how
-// unlikely is the answer (loss)? All of them need only log-probabilities of tokens that are there, so many
-// examples are scored at once.
+// unlikely is the answer (loss)? All need only log-probabilities of given tokens: many examples at once.
 
 // Lays out the examples from `first` on, as many as surely fit into one batch; returns how many. That each
 // shares with the one before it in the file is a lower bound of what a forest shares.
@@ -1526,8 +1500,7 @@ static Score evaluate(Run *run, const Data *data) {
 //       rows a[1] ->  [    ][    ][    ]      MR * NV fused multiply-adds, each into its own register
 //       of a  ...     [    ][    ][    ]
 //
-// 32 registers have room for 8 x 3 sums, b and a. On NEON 6 x 3: with 8 gcc 12 keeps a sum in memory. 16
-// registers: 6 x 2.
+// 32 registers have room for 8 x 3 sums, b and a, 16 for 6 x 2. On NEON, with 8 gcc 12 keeps a sum in memory.
 #if defined(__AVX512F__)
 enum { MR = 8, NV = 3 };
 #elif defined(__aarch64__)
@@ -1553,8 +1526,7 @@ typedef struct {
     // to (lanes, width) = `width` rows of a, or columns of b, from strip.at on; strip.row apart, steps of k
     // strip.col; `used` of them and K steps exist, zero stands for the others
     void (*pack)(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes);
-    // c (rows, cols) = or += packed rows of a, whose lane (r, k) is at a.at[r * a.row + k * a.col], times
-    // packed b
+    // c (rows, cols) = or += packed a, whose lane (r, k) is at a.at[r * a.row + k * a.col], times packed b
     void (*tile)(float *c, size_t ldc, View a, const float *b, size_t lanes,
                  size_t rows, size_t cols, int add);
 } Kernel;
@@ -1668,8 +1640,7 @@ static const Kernel EVERYWHERE = { MR, 1, 1, pack, tile };
 enum { SPAN = 8 * LANES };
 static size_t x_t_floats(size_t I) { return whole_vectors(I) * SPAN; }                  // for one thread
 
-// A thread's packed slices, made when it first needs them: its stack, where thread-local arrays lie, may be
-// small.
+// A thread's packed slices, made when it first needs them: its stack, where such arrays lie, may be small.
 static _Thread_local float *packed_a, *packed_b;
 
 #ifdef WIDE
@@ -1697,8 +1668,7 @@ static void transpose_span(float *to, const float *from, size_t stride, size_t r
     round_operands(to, cols * SPAN);
 }
 
-// Each survivor is a dot product of two columns, of dy and of x. Threads share the entries, and each has its
-// own x^T.
+// Each survivor is a dot product of two columns, of dy and of x. Threads share them, each with its own x^T.
 static void sampled_product(float *dw, const uint32_t *index, size_t n, const float *dy, const float *x,
                             float *x_t, size_t O, size_t I, size_t N) {
     memset(dw, 0, n * sizeof(float));
@@ -1773,9 +1743,8 @@ static void matmul(float *c, size_t ldc, View a, View b, size_t M, size_t N, siz
     }
     #pragma omp parallel
     {
-        // down x across rectangles with the shortest sides. Each keeps more than FEW_ROWS rows, or all of
-        // them: otherwise it would take another way through matmul_alone than the whole does, and get other
-        // bits.
+        // down x across rectangles with the shortest sides. Each keeps more than FEW_ROWS rows, or all: with
+        // fewer it would take another way through matmul_alone than the whole does, and get other bits.
         size_t threads = (size_t)omp_get_num_threads(), id = (size_t)omp_get_thread_num(), down = 1;
         for (size_t n = 2; n <= threads && M / n >= FEW_ROWS + MR; n++)
             if (threads % n == 0 && M / n + N / (threads / n) <= M / down + N / (threads / down)) down = n;
@@ -1828,8 +1797,7 @@ static float maximum(const float *x, size_t n) {
 // -----------------------------------------------------------------------------------------------------------
 // 9. Utilities
 
-// Where several processes work on one run, the ranks of dev/mpi.c, these do what one does alone. Only rank 0
-// writes files.
+// Where several processes work on one run, the ranks of dev/mpi.c, these stand in. Only rank 0 writes files.
 typedef struct {
     int rank;
     double (*gradient)(Run *run, const uint32_t *example, size_t count);
@@ -1846,8 +1814,7 @@ static double batch_gradient(Run *run, const uint32_t *example, size_t n) {
     return ranks.gradient(run, example, n);
 }
 
-// A user's error: one line, whatever a file had us quote, that says what is wrong, where, and what to run to
-// mend it.
+// A user's error: one line, whatever a file had us quote: what is wrong, where, and what to run to mend it.
 static void die(const char *format, ...) {
     char text[2 * PATH_MAX];
     va_list arguments;
@@ -1891,8 +1858,7 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// Hash of n bytes: a sum over 64-bit words, each mixed with its position, so that any number of threads finds
-// the same one.
+// Hash of n bytes: a sum over 64-bit words, each mixed with its position, so the same with any threads.
 static uint64_t hash64(const void *data, size_t n) {
     const char *bytes = data;
     size_t words = n / 8, rest = n % 8;
@@ -1934,8 +1900,7 @@ static const char *mend(const char *kind) {
 #define refuse(file, wrong, ...) \
     die("%s: " wrong "; %s", (file)->path, ##__VA_ARGS__, mend((file)->kind))
 
-// to (n bytes) = what the file has from byte `at` on. It may change: what is used is in memory of ours, where
-// its hash is checked.
+// to (n bytes) = what the file has from byte `at` on. It may change: what is checked and used is this copy.
 static void file_read(const File *file, void *to, size_t n, size_t at) {
     ssize_t got = 1;
     for (size_t done = 0; done < n && got > 0; done += (size_t)got)
@@ -2350,13 +2315,11 @@ static float *take(Arena *arena, size_t n) {
     return p;
 }
 
-// The largest batch: N rows, sequences of T, M answer rows, K keys; `caches` of them, one for each layer, if
-// batches have a past.
+// The largest batch: N rows, sequences of T, M answer rows, K keys; `caches`, one a layer if there is a past.
 typedef struct { size_t N, T, M, K, caches; } Largest;
 
-// Lays activations for such batches out in memory, and returns how many floats they are. Only fp32 training
-// that does not recompute gives every layer arrays of its own; otherwise all share the first layer's, and
-// training keeps copies.
+// Lays out activations for such batches, returns how many floats they are. Only fp32 training that does not
+// recompute gives each layer arrays of its own; otherwise all share the first's, and training keeps copies.
 static size_t acts_layout(Model *model, float *memory, Largest batch, int training) {
     const Config *c = &model->config;
     Activations *a = &model->acts;
@@ -2549,8 +2512,7 @@ static const char *option_word(const Option *o, int n, char word[24]) {
     return word;
 }
 
-// One `name value` a line: what is printed at the start, goes with the run and its ticket, and is read by a
-// run that goes on.
+// One `name value` a line: printed at the start, kept with the run and its ticket, read when it goes on.
 static char *settings_text(void) {
     const char *word;
     char *text, room[24];
@@ -2633,8 +2595,7 @@ static char *parse_options(int argc, char **argv) {
 // -----------------------------------------------------------------------------------------------------------
 // 13. Runs
 //
-// All that surrounds training: progress, tables, the saved state, stopping, the folder, the data, the plan of
-// memory and work, and main.
+// All that surrounds training: progress, tables, the state, stopping, the folder, data, the plan, and main.
 
 // Where the run is. Work is counted in tokens times products per matrix: forward has one; training has a
 // second one for dx, and for dW a share of a third.
@@ -2838,8 +2799,7 @@ static void mask_load(Model *model, const File *file, size_t rows) {
     free(entries);
 }
 
-// The state: all that it takes to go on as if nothing had been, down to the bits. Returns 0, or an errno:
-// then the file of before is still there.
+// The state: all that it takes to go on as if nothing had been, down to the bits. Returns 0 or an errno.
 static int state_save(Run *run, const char *path) {
     Model *model = &run->model;
     size_t bytes = model->trained * sizeof(float), rows = model->all_tensors - model->base_tensors;
@@ -2987,8 +2947,7 @@ static const char *const OUTPUTS[] = { "state.bin", "settings.txt", "table.csv",
                                        "ticket.bin", "model.bin", "lora.bin" };
 enum { OUTPUT_COUNT = sizeof OUTPUTS / sizeof *OUTPUTS };
 
-// Makes the output folder, keeps the run that it may hold, and keeps others out until this process ends,
-// however it ends.
+// Makes the output folder, keeps the run that it may hold, and keeps others out until this process ends.
 static void take_folder(void) {
     char path[PATH_MAX];
     if (ranks.rank) return;
@@ -3060,8 +3019,7 @@ static Largest largest_batch(const Run *run, size_t micro) {
     for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++) {
         b.T = max_size(b.T, eval->longest);
         b.N = max_size(b.N, eval->longest);
-        // answers of as many examples as N tokens hold on average, each as long as the longest: one always
-        // fits
+        // answers of as many examples as N tokens hold on average, each as long as the longest, so one fits
         b.M = max_size(b.M, min_size(b.N, b.N * eval->longest_answer * eval->examples / eval->tokens));
     }
     if (b.N > UINT32_MAX) die("a batch of %zu tokens is too large; take a smaller --micro", b.N);
