@@ -264,8 +264,6 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *form
 static void *allocate(size_t count, size_t size);                       // zeroed, or it dies
 static float *floats(size_t count);
 static uint32_t *integers(size_t count);
-static size_t values_in(const Tensor *first, const Tensor *end);        // stored in these tensors
-static size_t adapter_entries(Model *model);                            // stored in all DeltaW
 static void free_moments(Model *model);
 static void trained_arenas(Model *model, Tensor *first, Tensor *end);   // gradients and moments, zeroed
 static double seconds(void);
@@ -1258,14 +1256,13 @@ static Method method;
 
 // What training and scoring use of Part II.
 static double batch_gradient(Run *run, const uint32_t *example, size_t n);  // loss_and_gradient, of all ranks
-static double trained_density(Model *model);            // the share of the matrices' entries that is trained
 static void after_update(Run *run, size_t pass, size_t t, size_t tokens);   // progress, saving, stopping
 static void after_scores(Run *run, const Data *data, size_t done, size_t tokens);
 static Row *add_row(Run *run);                          // scores the model as it is
 static void print_row(const Run *run, const Row *row);
 static int save(Run *run);
 static void adapter_alloc(Model *model);                // a dense adapter at its initial values
-static void rigsa_finish(Run *run);
+static void rigsa_finish(Run *run);                     // writes the ticket
 static const char *label(const Run *run, size_t pass);  // "base", "1", "2", ..., "ticket"
 
 static size_t pass_examples(const Run *run, size_t pass) {
@@ -1518,6 +1515,11 @@ enum { FEW_ROWS = 3 * MR };             // up to here dev/wide.h may take anothe
 typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef vec vec_at __attribute__((aligned(4)));                         // one that lies anywhere in memory
 
+static View transposed(View x) { return (View){ x.at, x.col, x.row }; }
+static View part_of(View x, size_t i, size_t k) {                       // from element (i, k) on
+    return (View){ x.at + i * x.row + k * x.col, x.row, x.col };
+}
+
 // A kernel is how operands are packed and multiplied. Here is one for every machine; dev/wide.h has others,
 // whose 32-bit lanes hold two steps of k in bfloat16.
 typedef struct {
@@ -1705,27 +1707,21 @@ static void matmul_alone(float *c, size_t ldc, View a, View b, size_t M, size_t 
         for (size_t k0 = 0; k0 < K; k0 += KS) {
             size_t nc = min_size(NC, N - j0), kc = min_size(KS, K - k0);
             size_t lanes = round_up((kc + use->steps - 1) / use->steps, use->unit);
-            for (size_t j = 0; j < nc; j += NR) {
-                View strip = { b.at + k0 * b.row + (j0 + j) * b.col, b.col, b.row };
-                use->pack(packed_b + j * lanes, strip, NR, min_size(NR, nc - j), kc, lanes);
-            }
+            for (size_t j = 0; j < nc; j += NR)
+                use->pack(packed_b + j * lanes, transposed(part_of(b, k0, j0 + j)), NR, min_size(NR, nc - j),
+                          kc, lanes);
             for (size_t i0 = 0; i0 < M; i0 += mc) {
                 size_t rows = min_size(mc, M - i0);
                 size_t in_place = precision == FP32 && a.col == 1 ? rows / MR * MR : 0;
-                const float *a0 = a.at + i0 * a.row + k0 * a.col;
-                for (size_t i = in_place; i < rows; i += mr) {
-                    View strip = { a0 + i * a.row, a.row, a.col };
-                    use->pack(packed_a + i * lanes, strip, mr, min_size(mr, rows - i), kc, lanes);
-                }
-                for (size_t j = 0; j < nc; j += NR) {
-                    float *c0 = c + i0 * ldc + j0 + j, *b0 = packed_b + j * lanes;
-                    size_t cols = min_size(NR, nc - j);
-                    for (size_t i = 0; i < in_place; i += MR)
-                        tile(c0 + i * ldc, ldc, view(a0 + i * a.row, a.row), b0, lanes, MR, cols, add || k0);
-                    for (size_t i = in_place; i < rows; i += mr)
-                        use->tile(c0 + i * ldc, ldc, turned(packed_a + i * lanes, mr), b0, lanes,
-                                  min_size(mr, rows - i), cols, add || k0);
-                }
+                for (size_t i = in_place; i < rows; i += mr)
+                    use->pack(packed_a + i * lanes, part_of(a, i0 + i, k0), mr, min_size(mr, rows - i),
+                              kc, lanes);
+                for (size_t j = 0; j < nc; j += NR)
+                    for (size_t i = 0; i < rows; i += mr) {
+                        View strip = i < in_place ? part_of(a, i0 + i, k0) : turned(packed_a + i * lanes, mr);
+                        use->tile(c + (i0 + i) * ldc + j0 + j, ldc, strip, packed_b + j * lanes, lanes,
+                                  min_size(mr, rows - i), min_size(NR, nc - j), add || k0);
+                    }
             }
         }
 }
@@ -1752,8 +1748,8 @@ static void matmul(float *c, size_t ldc, View a, View b, size_t M, size_t N, siz
         size_t i = round_up(M * row / down, MR), i_end = min_size(M, round_up(M * (row + 1) / down, MR));
         size_t j = round_up(N * col / across, NR), j_end = min_size(N, round_up(N * (col + 1) / across, NR));
         if (i < i_end && j < j_end)
-            matmul_alone(c + i * ldc + j, ldc, (View){ a.at + i * a.row, a.row, a.col },
-                         (View){ b.at + j * b.col, b.row, b.col }, i_end - i, j_end - j, K, add);
+            matmul_alone(c + i * ldc + j, ldc, part_of(a, i, 0), part_of(b, 0, j), i_end - i, j_end - j,
+                         K, add);
     }
 }
 
@@ -2968,7 +2964,7 @@ static void take_folder(void) {
 static void start_folder(Run *run) {
     char first[PATH_MAX], path[PATH_MAX];
     if (ranks.rank) return;
-    must_write(path, state_save(run, output_path("new_state.bin", first)));
+    must_write(first, state_save(run, output_path("new_state.bin", first)));
     for (int i = 1; i < OUTPUT_COUNT; i++)
         if (unlink(output_path(OUTPUTS[i], path)) && errno != ENOENT) must_write(path, errno);
     must_write(path, file_rename(first, output_path("state.bin", path)));

@@ -235,9 +235,8 @@ static void pack_pairs(float *to, View strip, size_t width, size_t used, size_t 
         for (size_t k0 = 0; k0 < lanes; k0 += LANES)
             for (size_t j0 = round_up(width, LANES); j0 > 0; j0 -= LANES) {
                 size_t j = j0 - LANES;
-                View from = { strip.at + j * strip.row + 2 * k0 * strip.col, strip.row, strip.col };
                 vec block[LANES];
-                pairs_block(block, from, used > j ? used - j : 0, K - 2 * k0);
+                pairs_block(block, part_of(strip, j, 2 * k0), used > j ? used - j : 0, K - 2 * k0);
                 transpose_block(block);
                 for (size_t k = k0; k < min_size(lanes, k0 + LANES); k++)
                     *(vec_at *)(to + k * width + j) = block[k - k0];
@@ -316,9 +315,8 @@ static void pack_amx(float *to, View strip, size_t width, size_t used, size_t K,
     }
     for (size_t k0 = 0; k0 < lanes; k0 += LANES)
         for (size_t j = 0; j < AMX_ROWS; j += LANES, to += LANES * LANES) {
-            View from = { strip.at + j * strip.row + 2 * k0 * strip.col, strip.row, strip.col };
             vec block[LANES];
-            pairs_block(block, from, used > j ? used - j : 0, K - 2 * k0);
+            pairs_block(block, part_of(strip, j, 2 * k0), used > j ? used - j : 0, K - 2 * k0);
             memcpy(to, block, sizeof block);
         }
 }
