@@ -1520,20 +1520,6 @@ static View part_of(View x, size_t i, size_t k) {                       // from 
     return (View){ x.at + i * x.row + k * x.col, x.row, x.col };
 }
 
-// A kernel is how operands are packed and multiplied. Here is one for every machine; dev/wide.h has others,
-// whose 32-bit lanes hold two steps of k in bfloat16.
-typedef struct {
-    size_t rows;               // of c in a tile
-    size_t steps, unit;        // steps of k in a lane; lanes along k come in multiples of `unit`
-    // to (lanes, width) = `width` rows of a, or columns of b, from strip.at on; strip.row apart, steps of k
-    // strip.col; `used` of them and K steps exist, zero stands for the others
-    void (*pack)(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes);
-    // c (rows, cols) = or += packed a, whose lane (r, k) is at a.at[r * a.row + k * a.col], times packed b
-    void (*tile)(float *c, size_t ldc, View a, const float *b, size_t lanes,
-                 size_t rows, size_t cols, int add);
-} Kernel;
-
-static const Kernel *kernel(void);          // for this precision, on this machine
 static inline void transpose_block(vec row[LANES]);     // a block of LANES x LANES
 
 // LANES floats, `step` apart, of which n exist; zero stands for the others.
@@ -1561,9 +1547,10 @@ static void round_operands(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = widen_bf16((uint16_t)round_bf16(x[i]));
 }
 
+// to (K, width) = a strip, `width` rows of a or columns of b; `used` exist, and zero stands for the others.
 // Where neighbours lie side by side, steps are copied one after the other. Otherwise blocks are transposed;
 // where width is no multiple of LANES, a store spills into the next step's place, which is written after it.
-static void pack(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes) {
+static void pack(float *to, View strip, size_t width, size_t used, size_t K) {
     if (strip.row == 1)
         for (size_t k = 0; k < K; k++) {
             const float *from = strip.at + k * strip.col;
@@ -1582,14 +1569,15 @@ static void pack(float *to, View strip, size_t width, size_t used, size_t K, siz
                 for (size_t k = k0; k < min_size(K, k0 + LANES); k++)
                     *(vec_at *)(to + k * width + j0 - LANES) = block[k - k0];
             }
-    round_operands(to, width * lanes);
+    round_operands(to, width * K);
 }
 
 typedef vec MultiplyAdd(vec sum, vec a, vec b);             // sum + a b, lane by lane
 static inline vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
 static inline vec broadcast(float x) { return x - (vec){ 0 }; }         // x + 0 would not be x where x is -0
 
-// A tile of nv vectors; `madd` is a constant wherever this is inlined.
+// c (rows, cols) = or += a strip of a, packed or in place, times packed b, over `lanes` along k: a tile of nv
+// vectors. `madd` is a constant wherever this is inlined.
 static inline __attribute__((always_inline))
 void tile_of(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t rows, size_t cols, int add,
              int nv, MultiplyAdd *madd) {
@@ -1636,8 +1624,6 @@ static void tile(float *c, size_t ldc, View a, const float *b, size_t lanes,
     TILE_BY_WIDTH(multiply_add);
 }
 
-static const Kernel EVERYWHERE = { MR, 1, 1, pack, tile };
-
 // The sampled product takes SPAN rows at a time: their x^T, (I, SPAN), fits into L2 or nearly.
 enum { SPAN = 8 * LANES };
 static size_t x_t_floats(size_t I) { return whole_vectors(I) * SPAN; }                  // for one thread
@@ -1651,8 +1637,7 @@ static _Thread_local float *packed_a, *packed_b;
 static void sleep_early(char **argv) { (void)argv; }
 static int choose_threads(double work) { return (void)work, 0; }
 static double memory_available(void) { return INFINITY; }
-static const Kernel *kernel(void) { return &EVERYWHERE; }
-static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
+static int matmul_wide(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
     return (void)c, (void)ldc, (void)a, (void)b, (void)M, (void)N, (void)K, (void)add, 0;
 }
 
@@ -1698,29 +1683,24 @@ static double sampled_below(void) { return 0.25; }
 
 // The product on one thread. In fp32, rows of a that lie along k are read where they are.
 static void matmul_alone(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
-    if (matmul_few(c, ldc, a, b, M, N, K, add)) return;
+    if (matmul_wide(c, ldc, a, b, M, N, K, add)) return;
     if (!packed_a) packed_a = floats(PACKED_A), packed_b = floats(PACKED_B);
-    const Kernel *use = kernel();
-    const size_t mr = use->rows, blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, mr);
-    const size_t KS = KC * use->steps;                                  // steps of k in a slice
+    const size_t blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, MR);
     for (size_t j0 = 0; j0 < N; j0 += NC)
-        for (size_t k0 = 0; k0 < K; k0 += KS) {
-            size_t nc = min_size(NC, N - j0), kc = min_size(KS, K - k0);
-            size_t lanes = round_up((kc + use->steps - 1) / use->steps, use->unit);
+        for (size_t k0 = 0; k0 < K; k0 += KC) {
+            size_t nc = min_size(NC, N - j0), kc = min_size(KC, K - k0);
             for (size_t j = 0; j < nc; j += NR)
-                use->pack(packed_b + j * lanes, transposed(part_of(b, k0, j0 + j)), NR, min_size(NR, nc - j),
-                          kc, lanes);
+                pack(packed_b + j * kc, transposed(part_of(b, k0, j0 + j)), NR, min_size(NR, nc - j), kc);
             for (size_t i0 = 0; i0 < M; i0 += mc) {
                 size_t rows = min_size(mc, M - i0);
                 size_t in_place = precision == FP32 && a.col == 1 ? rows / MR * MR : 0;
-                for (size_t i = in_place; i < rows; i += mr)
-                    use->pack(packed_a + i * lanes, part_of(a, i0 + i, k0), mr, min_size(mr, rows - i),
-                              kc, lanes);
+                for (size_t i = in_place; i < rows; i += MR)
+                    pack(packed_a + i * kc, part_of(a, i0 + i, k0), MR, min_size(MR, rows - i), kc);
                 for (size_t j = 0; j < nc; j += NR)
-                    for (size_t i = 0; i < rows; i += mr) {
-                        View strip = i < in_place ? part_of(a, i0 + i, k0) : turned(packed_a + i * lanes, mr);
-                        use->tile(c + (i0 + i) * ldc + j0 + j, ldc, strip, packed_b + j * lanes, lanes,
-                                  min_size(mr, rows - i), min_size(NR, nc - j), add || k0);
+                    for (size_t i = 0; i < rows; i += MR) {
+                        View strip = i < in_place ? part_of(a, i0 + i, k0) : turned(packed_a + i * kc, MR);
+                        tile(c + (i0 + i) * ldc + j0 + j, ldc, strip, packed_b + j * kc, kc,
+                             min_size(MR, rows - i), min_size(NR, nc - j), add || k0);
                     }
             }
         }
