@@ -2112,10 +2112,6 @@ static Data data_open(const char *path) {
     return data;
 }
 
-static double mean_length(const Data *data) {
-    return data->examples ? (double)data->tokens / (double)data->examples : 0;
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // 11. Memory
 //
@@ -2385,7 +2381,7 @@ static const Option table[] = {
       NANO "digits_test.bin " NANO "addition.bin " NANO "sizes.bin " NANO "packing.bin",
       "evaluation set; repeatable: the first is the target, the others what must not be forgotten" },
     { "examples", COUNT, &opt.examples, "0 to 1e12", "12800", "examples of a pass, 0: all of them once" },
-    { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000", "of the ticket's pass, likewise" },
+    { "ticket-examples", COUNT, &opt.ticket_examples, "0 to 1e12", "48000", "of the ticket's pass" },
     { "rounds", COUNT, &opt.rounds, "0 to 100", "5", "rounds of training and pruning before the last pass" },
     { "batch", COUNT, &opt.batch, "1 to 1e6", "16", "examples per update" },
     { "micro", COUNT, &opt.micro, "0 to 1e6", "0", "examples per forward pass, to save memory; 0: all" },
@@ -2998,9 +2994,8 @@ static Largest largest_batch(const Run *run, size_t micro) {
 // The work of the whole run. In the first batches it is counted how many tokens share the row of another.
 static void count_work(Run *run) {
     const Data *data = &run->data;
-    size_t last = pass_examples(run, run->passes), rows = 0, tokens = 0;
-    size_t micro = micro_batch(opt.batch);
-    double density = 1, passes = (double)run->passes;
+    size_t last = pass_examples(run, run->passes), rows = 0, tokens = 0, micro = micro_batch(opt.batch);
+    double density = 1, length = (double)data->tokens / (double)max_size(data->examples, 1);
     if (run->passes) visit_order(run->order, data, last, opt.seed, 1);
     for (size_t i = 0; run->passes && i < min_size(last, 16 * micro); i += micro) {
         batch_lay(&run->batch, data, run->order + i, min_size(micro, last - i));
@@ -3009,9 +3004,9 @@ static void count_work(Run *run) {
     }
     pace.share = tokens ? (double)rows / (double)tokens : 1;
     for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
-        pace.work += (passes + 1) * (double)eval->tokens;
+        pace.work += (double)(run->passes + 1) * (double)eval->tokens;
     for (size_t p = 1; p <= run->passes; p++, density *= 0.9 * opt.keep)            // a tenth flips, or so
-        pace.work += training_work((size_t)(mean_length(data) * (double)pass_examples(run, p)), density);
+        pace.work += training_work((size_t)(length * (double)pass_examples(run, p)), density);
     printf("work     %zu passes and %zu evaluations, %.3g TFLOP, on %d threads", run->passes, run->passes + 1,
            2e-12 * pace.work * (double)adapted_weights(&run->model), omp_get_max_threads());
     if (pace.share < 1) printf("; prompts begin alike: %.0f %% of the tokens are computed", 100 * pace.share);
