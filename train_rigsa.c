@@ -2056,9 +2056,11 @@ static void data_evaluation(Data *data, const File *file, const char *metric) {
     data->choices = section(file, "choices", sizeof(uint32_t), &data->questions);
     data->gold = needed(file, "gold", data->questions, sizeof(uint32_t));
     data->chars = needed(file, "chars", data->examples, sizeof(uint32_t));
-    for (size_t i = 0; i < data->questions; choice_sum += data->choices[i++])
+    for (size_t i = 0; i < data->questions; i++) {
         if (data->gold[i] >= data->choices[i])
             die("%s: question %zu has no choice %u", path, i, data->gold[i]);
+        choice_sum += data->choices[i];
+    }
     for (size_t e = 0; e < data->examples; e++)
         if (data->chars[e] == 0) die("%s: choice %zu is empty", path, e);
     if (choice_sum != data->examples)
@@ -2090,11 +2092,12 @@ static Data data_open(const char *path) {
     if (data.examples == 0 || data.examples > UINT32_MAX) refuse(file, "holds no examples");
     data.answer = needed(file, "answer", data.examples, sizeof(uint32_t));
     data.offset = allocate(data.examples, sizeof(size_t));
-    for (size_t e = 0; e < data.examples; data.tokens += data.length[e++]) {
+    for (size_t e = 0; e < data.examples; e++) {
         if (data.answer[e] < 1 || data.answer[e] >= data.length[e])
             die("%s: example %zu of %u tokens cannot have its answer at %u", path, e, data.length[e],
                 data.answer[e]);
         data.offset[e] = data.tokens;
+        data.tokens += data.length[e];
         data.longest = max_size(data.longest, data.length[e]);
         data.longest_answer = max_size(data.longest_answer, data.length[e] - data.answer[e]);
     }
@@ -3047,8 +3050,10 @@ static void plan(Run *run) {
     printf("\nmodel    %s: %zu weights, %zu in %zu matrices to adapt; %u layers of %u, vocabulary %u\n",
            model->base.name, weights, adapted, matrices(model), c->L, c->C, c->V);
     printf("memory  ");
-    for (int i = 0; i < 7; total += 4e-6 * (double)need[i++].floats)
+    for (int i = 0; i < 7; i++) {
         if (need[i].floats) printf(" %s %.1f,", need[i].what, 4e-6 * (double)need[i].floats);
+        total += 4e-6 * (double)need[i].floats;
+    }
     printf(" together %.1f MB\n", total);
     if (!isfinite(there)) printf("note: this system does not say how much memory is free\n");
     if (total > there && !training)

@@ -86,13 +86,16 @@ static Generation generation_open(Data *data, const char *path) {
     const char *pieces = section(&file, "pieces", 1, &n);
     if (n / 4 < data->V) die("%s: section `pieces` has %zu bytes for %u tokens", path, n, data->V);
     g.piece = allocate(data->V, sizeof *g.piece);
-    for (uint32_t t = 0, size = 0; t < data->V || at < n; t++, at += 4 + size) {   // there may be more
+    for (uint32_t t = 0; t < data->V || at < n; t++) {
+        uint32_t size = 0;
         if (n - at >= 4) memcpy(&size, pieces + at, 4);
         if (n - at < 4 || n - at - 4 < size)
             die("%s: section `pieces` ends at token %u of %u", path, t, data->V);
-        if (t >= data->V) continue;
-        g.piece[t] = pieces + at;
-        g.longest_piece = max_size(g.longest_piece, size);
+        if (t < data->V) {                                              // there may be more
+            g.piece[t] = pieces + at;
+            g.longest_piece = max_size(g.longest_piece, size);
+        }
+        at += 4 + size;
     }
     g.number = needed(&file, "number", data->examples, sizeof(double));
     if (g.limit < 1 || g.limit > 1 << 20) die("%s: generates %u tokens", path, g.limit);
@@ -208,8 +211,10 @@ static double last_number(const char *text) {
         size_t n = at > text && at[-1] == '-';
         if (!isdigit((unsigned char)*at)) continue;
         digits[0] = '-';
-        for (; isdigit((unsigned char)at[*at == ',' || *at == '.']); at++)
+        while (isdigit((unsigned char)at[*at == ',' || *at == '.'])) {
             if (*at != ',' && n + 1 < sizeof digits) digits[n++] = *at;
+            at++;
+        }
         digits[n] = 0;
         at--;
     }
@@ -296,8 +301,8 @@ static Score evaluate_generation(Run *run, const Generation *g, const Details *d
 // -----------------------------------------------------------------------------------------------------------
 // The program
 
-// W takes W0's place for good: generation would form it again for every token. Not in bf16, where W,
-// rounded once more, would lose what a small gate adds.
+// W takes W0's place for good: generation would form it again for every token. Not in bf16, where matrices
+// have no fp32 value to hold it, and W, rounded once more, would lose what a small gate adds.
 static void merge(Model *model) {
     if (precision == BF16) return;
     for (Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
