@@ -1577,11 +1577,13 @@ static inline vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
 static inline vec broadcast(float x) { return x - (vec){ 0 }; }         // x + 0 would not be x where x is -0
 
 // c (rows, cols) = or += a strip of a, packed or in place, times packed b, over `lanes` along k: a tile of nv
-// vectors. `madd` is a constant wherever this is inlined.
+// vectors. At an edge of c, sums go through a copy of it. `madd` is a constant wherever this is inlined.
 static inline __attribute__((always_inline))
 void tile_of(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t rows, size_t cols, int add,
              int nv, MultiplyAdd *madd) {
     vec sum[MR][NV] = { 0 };
+    float copy[MR * NR];
+    const int edge = rows < MR || cols < (size_t)nv * LANES;
     for (size_t r = 0; r < rows; r++)
         for (int v = 0; v < nv; v++) __builtin_prefetch(c + r * ldc + v * LANES, 1);    // needed at the end
     for (size_t k = 0; k < lanes; k++, a.at += a.col, b += NR) {
@@ -1594,24 +1596,17 @@ void tile_of(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t 
             for (int v = 0; v < nv; v++)
                 sum[r][v] = madd(sum[r][v], broadcast(a.at[(size_t)r * a.row]), b_v[v]);
     }
-    if (rows == MR && cols == (size_t)nv * LANES) {
-        #pragma GCC unroll 8
-        for (int r = 0; r < MR; r++)
-            #pragma GCC unroll 4
-            for (int v = 0; v < nv; v++) {
-                vec_at *to = (vec_at *)(c + r * ldc + v * LANES);
-                *to = add ? (vec)(*to + sum[r][v]) : sum[r][v];
-            }
-    } else {                                            // an edge of c: only what is inside, through memory
-        float from[MR * NR];
-        #pragma GCC unroll 8
-        for (int r = 0; r < MR; r++)
-            #pragma GCC unroll 4
-            for (int v = 0; v < nv; v++) *(vec_at *)(from + r * NR + v * LANES) = sum[r][v];
-        for (size_t r = 0; r < rows; r++)
-            for (size_t j = 0; j < cols; j++)
-                c[r * ldc + j] = add ? c[r * ldc + j] + from[r * NR + j] : from[r * NR + j];
-    }
+    float *to = edge ? copy : c;
+    const size_t next = edge ? NR : ldc;
+    if (edge && add) memset(copy, 0, sizeof copy), copy_rows(copy, NR, c, ldc, rows, cols);
+    #pragma GCC unroll 8
+    for (size_t r = 0; r < MR; r++)
+        #pragma GCC unroll 4
+        for (int v = 0; v < nv; v++) {
+            vec_at *at = (vec_at *)(to + r * next + v * LANES);
+            *at = add ? (vec)(*at + sum[r][v]) : sum[r][v];
+        }
+    if (edge) copy_rows(c, ldc, copy, NR, rows, cols);
 }
 
 #define TILE_BY_WIDTH(madd) \
