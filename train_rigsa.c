@@ -274,6 +274,8 @@ static inline uint32_t round_bf16(float x);                             // to bf
 static inline float widen_bf16(uint16_t x);
 static inline float exponential(float x);                               // exp(x), in loops of vectors
 static float maximum(const float *x, size_t n);                         // n in whole vectors
+static float kth_largest(const float *x, size_t n, size_t k);           // magnitude, 1 <= k <= n
+static void layer_copy(Activations *acts, size_t l, int back);          // saves or restores layer l
 
 // -----------------------------------------------------------------------------------------------------------
 // 2. RIGSA
@@ -447,19 +449,6 @@ typedef enum { THRESHOLD_MATRIX, THRESHOLD_ALL } Threshold;             // magni
 
 typedef struct { size_t entries, flipped, survivors; } Pruned;      // of one matrix, in one round
 typedef struct { size_t survivors, ties; float threshold; } Cut;    // all above the threshold, and some ties
-
-// The k-th largest magnitude in x (n), 1 <= k <= n, bit by bit from the top: bits are in magnitudes' order.
-static float kth_largest(const float *x, size_t n, size_t k) {
-    union { uint32_t bits; float value; } found = { 0 };
-    for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
-        size_t above = 0;
-        found.bits |= bit;
-        #pragma omp parallel for simd reduction(+:above)
-        for (size_t i = 0; i < n; i++) above += fabsf(x[i]) >= found.value;
-        if (above < k) found.bits ^= bit;
-    }
-    return found.value;
-}
 
 // Of x (n) the share `keep` of the candidates, the entries that are not zero.
 static Cut cut_magnitudes(const float *x, size_t n, size_t candidates, double keep) {
@@ -894,20 +883,6 @@ static void layer_forward(Model *model, const Batch *batch, size_t l) {
     rmsnorm_forward(acts->xn, acts->rstd, layer->x2, norm2->value, c->eps, R, C);
     linear_forward(model, layer->gate, layer_tensor(model, l, WGATE), acts->xn, R, 0);
     linear_forward(model, layer->up, layer_tensor(model, l, WUP), acts->xn, R, 0);
-}
-
-// Where layers share their arrays, this saves a layer's for its backward pass, or with `back` restores them.
-static void layer_copy(Activations *acts, size_t l, int back) {
-    float *x = acts->layer[l].x, *saved = acts->layer[l].saved;
-    float *to = back ? x : saved, *from = back ? saved : x;
-    uint16_t *halves = (uint16_t *)saved;
-    if (!saved) return;
-    if (precision == FP32) { memcpy(to, from, acts->saved_floats * sizeof(float)); return; }
-    #pragma omp parallel for simd
-    for (size_t i = 0; i < acts->saved_floats; i++) {
-        if (back) x[i] = widen_bf16(halves[i]);
-        else halves[i] = (uint16_t)round_bf16(x[i]);
-    }
 }
 
 // From the tokens to the residual stream before the final norm, acts.layer[L].x (M, C).
@@ -1829,6 +1804,19 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+// Bit by bit from the top: magnitudes are in the order of their bits.
+static float kth_largest(const float *x, size_t n, size_t k) {
+    union { uint32_t bits; float value; } found = { 0 };
+    for (uint32_t bit = 1u << 30; bit; bit >>= 1) {
+        size_t above = 0;
+        found.bits |= bit;
+        #pragma omp parallel for simd reduction(+:above)
+        for (size_t i = 0; i < n; i++) above += fabsf(x[i]) >= found.value;
+        if (above < k) found.bits ^= bit;
+    }
+    return found.value;
+}
+
 // Hash of n bytes: a sum over 64-bit words, each mixed with its position, so the same with any threads.
 static uint64_t hash64(const void *data, size_t n) {
     const char *bytes = data;
@@ -2333,6 +2321,20 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
     a->dkeys = take(&arena, batch.K * KVD), a->dvalues = take(&arena, batch.K * KVD);
     a->x_t = take(&arena, threads * x_t_floats(max_size(C, max_size(F, HD))));
     return arena.used;
+}
+
+// Where layers share their arrays, this saves a layer's for its backward pass, or with `back` restores them.
+static void layer_copy(Activations *acts, size_t l, int back) {
+    float *x = acts->layer[l].x, *saved = acts->layer[l].saved;
+    float *to = back ? x : saved, *from = back ? saved : x;
+    uint16_t *halves = (uint16_t *)saved;
+    if (!saved) return;
+    if (precision == FP32) { memcpy(to, from, acts->saved_floats * sizeof(float)); return; }
+    #pragma omp parallel for simd
+    for (size_t i = 0; i < acts->saved_floats; i++) {
+        if (back) x[i] = widen_bf16(halves[i]);
+        else halves[i] = (uint16_t)round_bf16(x[i]);
+    }
 }
 
 static void acts_alloc(Model *model, Largest batch, int training) {
