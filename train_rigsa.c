@@ -633,7 +633,13 @@ typedef struct {
 enum { QUERIES = 144 };
 
 // What a thread works with: some rows' queries of one group, one above the other, and what belongs to them.
-typedef struct { float *p, *dp, *q, *dq, *out, *dout; } Block;         // (queries, wide) twice, (queries, D)
+typedef struct {
+    size_t rows, n;                        // of the batch; queries, G for each of them
+    size_t keys, wide;                     // that the last row sees; in whole vectors
+    size_t at, kv_at;                      // where queries begin, in heads of q, and keys, in floats of k
+    float *p, *dp;                         // (n, wide)
+    float *q, *dq, *out, *dout;            // (n, D)
+} Block;
 
 // Keys in whole vectors, so that no loop over them has a rest. What a query may not see is masked.
 static size_t whole_vectors(size_t keys) { return round_up(keys, LANES); }
@@ -641,12 +647,7 @@ static size_t block_floats(size_t G, size_t T, size_t D) {
     return max_size(QUERIES, G) * (2 * whole_vectors(T) + 4 * D);
 }
 
-static Block thread_block(const Attention *a) {
-    size_t G = a->H / a->KV, queries = max_size(QUERIES, G);
-    size_t wide = queries * whole_vectors(a->T), narrow = queries * a->D;
-    float *p = a->blocks + (size_t)omp_get_thread_num() * block_floats(G, a->T, a->D), *q = p + 2 * wide;
-    return (Block){ p, p + wide, q, q + narrow, q + 2 * narrow, q + 3 * narrow };
-}
+static size_t block_rows(const Attention *a) { return max_size(1, QUERIES * a->KV / a->H); }
 
 // to (rows, width) = from (rows, ...), whose rows start `stride` apart; rows of `to` are `to_stride` apart.
 static void copy_rows(float *to, size_t to_stride, const float *from, size_t stride,
@@ -654,10 +655,27 @@ static void copy_rows(float *to, size_t to_stride, const float *from, size_t str
     for (size_t r = 0; r < rows; r++) memcpy(to + r * to_stride, from + r * stride, width * sizeof(float));
 }
 
+// Pass 1, which both directions need: the block from row r0 on, with its q, and scores = q k^T in p's place.
+static Block block_scores(const Attention *a, const float *q, const float *k,
+                          size_t s, size_t kv, size_t r0) {
+    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, most = max_size(QUERIES, G);
+    const uint32_t *position = a->query->position + r0;
+    size_t rows = min_size(block_rows(a), a->query->start[s + 1] - r0), keys = position[rows - 1] + 1;
+    float *p = a->blocks + (size_t)omp_get_thread_num() * block_floats(G, a->T, D);
+    float *dp = p + most * whole_vectors(a->T), *rest = dp + most * whole_vectors(a->T);
+    Block b = { rows, rows * G, keys, whole_vectors(keys), r0 * H + kv * G, (a->key_start[s] * KV + kv) * D,
+                p, dp, rest, rest + most * D, rest + 2 * most * D, rest + 3 * most * D };
+    copy_rows(b.q, G * D, q + b.at * D, H * D, rows, G * D);
+    matmul(p, b.wide, view(b.q, D), turned(k + b.kv_at, KV * D), b.n, keys, D, 0);
+    for (size_t i = 0; i < b.n; i++)
+        for (size_t j = position[i / G] + 1; j < b.wide; j++) p[i * b.wide + j] = -INFINITY;
+    return b;
+}
+
 static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v,
                               const Attention *a) {
-    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, step = max_size(1, QUERIES / G), longest = 0;
-    const uint32_t *start = a->query->start, *position = a->query->position;
+    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, step = block_rows(a), longest = 0;
+    const uint32_t *start = a->query->start;
     float scale = 1.0f / sqrtf((float)D);
     for (size_t s = 0; s < a->S; s++) longest = max_size(longest, start[s + 1] - start[s]);
     size_t blocks = (longest + step - 1) / step;
@@ -667,81 +685,62 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
             for (size_t block = 0; block < blocks; block++) {
                 size_t r0 = start[s] + (blocks - 1 - block) * step;     // the last first: it sees most keys
                 if (r0 >= start[s + 1]) continue;
-                size_t rows = min_size(step, start[s + 1] - r0), at = r0 * H + kv * G, n = rows * G;
-                size_t keys = position[r0 + rows - 1] + 1, wide = whole_vectors(keys);
-                size_t kv_at = (a->key_start[s] * KV + kv) * D;
-                const float *k_s = k + kv_at, *v_s = v + kv_at;
-                Block b = thread_block(a);
-                copy_rows(b.q, G * D, q + at * D, H * D, rows, G * D);
-                // pass 1: scores = q k^T, written where p will be
-                matmul(b.p, wide, view(b.q, D), turned(k_s, KV * D), n, keys, D, 0);
+                const Block b = block_scores(a, q, k, s, kv, r0);
                 // pass 2: p = softmax(scale * scores) over the keys up to the row's own
-                for (size_t i = 0; i < n; i++) {
-                    float *p_i = b.p + i * wide, sum = 0;
-                    for (size_t j = position[r0 + i / G] + 1; j < wide; j++) p_i[j] = -INFINITY;
-                    float highest = maximum(p_i, wide);
+                for (size_t i = 0; i < b.n; i++) {
+                    float *p_i = b.p + i * b.wide, highest = maximum(p_i, b.wide), sum = 0;
                     #pragma omp simd reduction(+:sum)
-                    for (size_t j = 0; j < wide; j++) {
+                    for (size_t j = 0; j < b.wide; j++) {
                         p_i[j] = exponential(scale * (p_i[j] - highest));
                         sum += p_i[j];
                     }
                     float normalise = 1.0f / sum;
-                    for (size_t j = 0; j < wide; j++) p_i[j] *= normalise;
-                    lse[at + i / G * H + i % G] = scale * highest + logf(sum);
+                    for (size_t j = 0; j < b.wide; j++) p_i[j] *= normalise;
+                    lse[b.at + i / G * H + i % G] = scale * highest + logf(sum);
                 }
                 // pass 3: out = p v
-                matmul(b.out, D, view(b.p, wide), view(v_s, KV * D), n, D, keys, 0);
-                copy_rows(out + at * D, H * D, b.out, G * D, rows, G * D);
+                matmul(b.out, D, view(b.p, b.wide), view(v + b.kv_at, KV * D), b.n, D, b.keys, 0);
+                copy_rows(out + b.at * D, H * D, b.out, G * D, b.rows, G * D);
             }
 }
 
-// The passes in reverse; p is computed again from q, k and lse. dk and dv, which G heads share, accumulate.
+// In reverse; p is computed again from q, k and lse. dq is written; dk and dv, which heads share, accumulate.
 static void attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out,
                                const float *lse, const float *q, const float *k, const float *v,
                                const Attention *a) {
-    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, step = max_size(1, QUERIES / G);
-    const uint32_t *start = a->query->start, *position = a->query->position;
+    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV;
     float scale = 1.0f / sqrtf((float)D);
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t s = 0; s < a->S; s++)
-        for (size_t kv = 0; kv < KV; kv++) {
-            size_t kv_at = (a->key_start[s] * KV + kv) * D;
-            const float *k_s = k + kv_at, *v_s = v + kv_at;
-            float *dk_s = dk + kv_at, *dv_s = dv + kv_at;
-            Block b = thread_block(a);
-            for (size_t r0 = start[s]; r0 < start[s + 1]; r0 += step) {
-                size_t rows = min_size(step, start[s + 1] - r0), at = r0 * H + kv * G, n = rows * G;
-                size_t keys = position[r0 + rows - 1] + 1, wide = whole_vectors(keys);
-                copy_rows(b.q, G * D, q + at * D, H * D, rows, G * D);
-                copy_rows(b.out, G * D, out + at * D, H * D, rows, G * D);
-                copy_rows(b.dout, G * D, dout + at * D, H * D, rows, G * D);
-                // p = exp(scale * q k^T - lse)
-                matmul(b.p, wide, view(b.q, D), turned(k_s, KV * D), n, keys, D, 0);
-                for (size_t i = 0; i < n; i++) {
-                    float *p_i = b.p + i * wide, lse_i = lse[at + i / G * H + i % G];
-                    for (size_t j = position[r0 + i / G] + 1; j < wide; j++) p_i[j] = -INFINITY;
+        for (size_t kv = 0; kv < KV; kv++)
+            for (size_t r0 = a->query->start[s]; r0 < a->query->start[s + 1]; r0 += block_rows(a)) {
+                const Block b = block_scores(a, q, k, s, kv, r0);
+                copy_rows(b.out, G * D, out + b.at * D, H * D, b.rows, G * D);
+                copy_rows(b.dout, G * D, dout + b.at * D, H * D, b.rows, G * D);
+                // p = exp(scale * scores - lse)
+                for (size_t i = 0; i < b.n; i++) {
+                    float *p_i = b.p + i * b.wide, lse_i = lse[b.at + i / G * H + i % G];
                     #pragma omp simd
-                    for (size_t j = 0; j < wide; j++) p_i[j] = exponential(scale * p_i[j] - lse_i);
+                    for (size_t j = 0; j < b.wide; j++) p_i[j] = exponential(scale * p_i[j] - lse_i);
                 }
                 // pass 3 was out = p v:                     dv += p^T dout          dp = dout v^T
-                matmul(dv_s, KV * D, turned(b.p, wide), view(b.dout, D), keys, D, n, 1);
-                matmul(b.dp, wide, view(b.dout, D), turned(v_s, KV * D), n, keys, D, 0);
+                matmul(dv + b.kv_at, KV * D, turned(b.p, b.wide), view(b.dout, D), b.keys, D, b.n, 1);
+                matmul(b.dp, b.wide, view(b.dout, D), turned(v + b.kv_at, KV * D), b.n, b.keys, D, 0);
                 // pass 2 was p = softmax(scale * scores):   dscores = scale * p (dp - sum_j p_j dp_j)
                 // where sum_j p_j dp_j = dout . out, because out = sum_j p_j v_j and dp_j = dout . v_j
                 float *dscores = b.dp;                                  // in its place
-                for (size_t i = 0; i < n; i++) {
-                    const float *p_i = b.p + i * wide, *out_i = b.out + i * D, *dout_i = b.dout + i * D;
-                    float *dp_i = b.dp + i * wide, mean = 0;
+                for (size_t i = 0; i < b.n; i++) {
+                    const float *p_i = b.p + i * b.wide, *out_i = b.out + i * D, *dout_i = b.dout + i * D;
+                    float *dp_i = b.dp + i * b.wide, mean = 0;
                     #pragma omp simd reduction(+:mean)
                     for (size_t d = 0; d < D; d++) mean += dout_i[d] * out_i[d];
-                    for (size_t j = 0; j < wide; j++) dp_i[j] = scale * p_i[j] * (dp_i[j] - mean);
+                    for (size_t j = 0; j < b.wide; j++) dp_i[j] = scale * p_i[j] * (dp_i[j] - mean);
                 }
                 // pass 1 was scores = q k^T:                dq = dscores k          dk += dscores^T q
-                matmul(b.dq, D, view(dscores, wide), view(k_s, KV * D), n, D, keys, 0);
-                matmul(dk_s, KV * D, turned(dscores, wide), view(b.q, D), keys, D, n, 1);
-                copy_rows(dq + at * D, H * D, b.dq, G * D, rows, G * D);
+                matmul(b.dq, D, view(dscores, b.wide), view(k + b.kv_at, KV * D), b.n, D, b.keys, 0);
+                matmul(dk + b.kv_at, KV * D, turned(dscores, b.wide), view(b.q, D), b.keys, D, b.n, 1);
+                copy_rows(dq + b.at * D, H * D, b.dq, G * D, b.rows, G * D);
             }
-        }
 }
 
 // A thread's share of n elements, in whole vectors: a loop's scalar rest may fuse its products differently,
