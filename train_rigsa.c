@@ -1494,15 +1494,8 @@ static View part_of(View x, size_t i, size_t k) {                       // from 
     return (View){ x.at + i * x.row + k * x.col, x.row, x.col };
 }
 
-static inline void transpose_block(vec row[LANES]);     // a block of LANES x LANES
-
-// LANES floats, `step` apart, of which n exist; zero stands for the others.
-static inline vec load_lanes(const float *from, size_t step, size_t n) {
-    union { vec all; float one[LANES]; } lanes = { { 0 } };
-    if (step == 1 && n >= LANES) return *(const vec_at *)from;
-    for (size_t i = 0; i < min_size(n, LANES); i++) lanes.one[i] = from[i * step];
-    return lanes.all;
-}
+// to (cols, width) = from (rows, cols), transposed; zero stands where there are no more rows.
+static void transpose(float *to, size_t width, View from, size_t rows, size_t cols);
 
 // To bfloat16, ties to even. A NaN stays one: the carry out of its mantissa could make it a zero.
 static inline uint32_t round_bf16(float x) {
@@ -1522,27 +1515,15 @@ static void round_operands(float *x, size_t n) {
 }
 
 // to (K, width) = a strip, `width` rows of a or columns of b; `used` exist, and zero stands for the others.
-// Where neighbours lie side by side, steps are copied one after the other. Otherwise blocks are transposed;
-// where width is no multiple of LANES, a store spills into the next step's place, which is written after it.
+// Where neighbours lie side by side, steps are copied one after the other.
 static void pack(float *to, View strip, size_t width, size_t used, size_t K) {
-    if (strip.row == 1)
-        for (size_t k = 0; k < K; k++) {
-            const float *from = strip.at + k * strip.col;
-            if (used == MR) memcpy(to + k * width, from, MR * sizeof(float));       // a known size: no call
-            else for (size_t j = 0; j < used; j++) to[k * width + j] = from[j];
-            for (size_t j = used; j < width; j++) to[k * width + j] = 0;
-        }
-    else
-        for (size_t k0 = 0; k0 < K; k0 += LANES)
-            for (size_t j0 = round_up(width, LANES); j0 > 0; j0 -= LANES) {             // the last ones first
-                const float *from = strip.at + (j0 - LANES) * strip.row + k0 * strip.col;
-                vec block[LANES] = { 0 };
-                for (size_t j = 0; j < LANES && j0 - LANES + j < used; j++)
-                    block[j] = load_lanes(from + j * strip.row, strip.col, K - k0);
-                transpose_block(block);
-                for (size_t k = k0; k < min_size(K, k0 + LANES); k++)
-                    *(vec_at *)(to + k * width + j0 - LANES) = block[k - k0];
-            }
+    if (strip.row != 1) transpose(to, width, strip, used, K);
+    else for (size_t k = 0; k < K; k++) {
+        const float *from = strip.at + k * strip.col;
+        if (used == MR) memcpy(to + k * width, from, MR * sizeof(float));           // a known size: no call
+        else for (size_t j = 0; j < used; j++) to[k * width + j] = from[j];
+        for (size_t j = used; j < width; j++) to[k * width + j] = 0;
+    }
     round_operands(to, width * K);
 }
 
@@ -1610,18 +1591,11 @@ static int matmul_wide(float *c, size_t ldc, View a, View b, size_t M, size_t N,
     return (void)c, (void)ldc, (void)a, (void)b, (void)M, (void)N, (void)K, (void)add, 0;
 }
 
-static inline void transpose_block(vec row[LANES]) {
-    float from[LANES][LANES], to[LANES][LANES];
-    memcpy(from, row, sizeof from);
-    for (int i = 0; i < LANES; i++) for (int j = 0; j < LANES; j++) to[j][i] = from[i][j];
-    memcpy(row, to, sizeof to);
-}
-
-// to (cols, SPAN) = from (rows, stride), transposed, as operands; zero stands where there are no more rows.
-static void transpose_span(float *to, const float *from, size_t stride, size_t rows, size_t cols) {
-    for (size_t c = 0; c < cols; c++)
-        for (size_t r = 0; r < SPAN; r++) to[c * SPAN + r] = r < rows ? from[r * stride + c] : 0;
-    round_operands(to, cols * SPAN);
+static void transpose(float *to, size_t width, View from, size_t rows, size_t cols) {
+    for (size_t c0 = 0; c0 < cols; c0 += LANES)                         // a cache line of a row at a time
+        for (size_t r = 0; r < width; r++)
+            for (size_t c = c0; c < min_size(cols, c0 + LANES); c++)
+                to[c * width + r] = r < rows ? from.at[r * from.row + c * from.col] : 0;
 }
 
 // Each survivor is a dot product of two columns, of dy and of x. Threads share them, each with its own x^T.
@@ -1634,11 +1608,11 @@ static void sampled_product(float *dw, const uint32_t *index, size_t n, const fl
         float *own = x_t + id * x_t_floats(I), dy_o[SPAN];
         for (size_t n0 = 0; n0 < N; n0 += SPAN) {
             size_t rows = min_size(N - n0, SPAN), o_now = O;
-            transpose_span(own, x + n0 * I, I, rows, I);
+            pack(own, view(x + n0 * I, I), SPAN, rows, I);
             for (size_t k = n * id / threads; k < n * (id + 1) / threads; k++) {
                 size_t o = index[k] / I, i = index[k] % I;
                 float sum = 0;
-                if (o != o_now) transpose_span(dy_o, dy + n0 * O + (o_now = o), O, rows, 1);
+                if (o != o_now) pack(dy_o, view(dy + n0 * O + (o_now = o), O), SPAN, rows, 1);
                 #pragma omp simd reduction(+:sum)
                 for (size_t r = 0; r < SPAN; r++) sum += dy_o[r] * own[i * SPAN + r];
                 dw[k] += sum;

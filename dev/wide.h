@@ -8,7 +8,7 @@
 //     choose_threads     as many as are fastest on a busy machine                    the same bits
 //     sleep_early        threads that wait do not spin                               the same bits
 //     memory_available   free, or what a limit leaves                                the same bits
-//     transpose_block    in registers                                                the same bits
+//     transpose          in registers                                                the same bits
 //     matmul_wide        products that take another way than the trainer's:
 //     - few rows         b is read where it lies, instead of packed                  other last bits in fp32
 //     - PAIRS            --precision bf16 with AVX-512's bf16 instruction             other last bits in bf16
@@ -54,6 +54,28 @@ static inline __attribute__((always_inline)) void transpose_block(vec row[LANES]
 #ifdef __AVX512F__
     STEP(8)
 #endif
+}
+
+// LANES floats, `step` apart, of which n exist; zero stands for the others.
+static inline vec load_lanes(const float *from, size_t step, size_t n) {
+    union { vec all; float one[LANES]; } lanes = { { 0 } };
+    if (step == 1 && n >= LANES) return *(const vec_at *)from;
+    for (size_t i = 0; i < min_size(n, LANES); i++) lanes.one[i] = from[i * step];
+    return lanes.all;
+}
+
+// Where width is no multiple of LANES, a store spills into the next column's place, which is written later.
+static void transpose(float *to, size_t width, View from, size_t rows, size_t cols) {
+    for (size_t c0 = 0; c0 < cols; c0 += LANES)
+        for (size_t r0 = round_up(width, LANES); r0 > 0; r0 -= LANES) {         // the last ones first
+            const float *at = part_of(from, r0 - LANES, c0).at;
+            vec block[LANES] = { 0 };
+            for (size_t r = 0; r < LANES && r0 - LANES + r < rows; r++)
+                block[r] = load_lanes(at + r * from.row, from.col, cols - c0);
+            transpose_block(block);
+            for (size_t c = c0; c < min_size(cols, c0 + LANES); c++)
+                *(vec_at *)(to + c * width + r0 - LANES) = block[c - c0];
+        }
 }
 
 // -----------------------------------------------------------------------------------------------------------
