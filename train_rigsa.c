@@ -1564,14 +1564,10 @@ void tile_of(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t 
     if (edge) copy_rows(c, ldc, copy, NR, rows, cols);
 }
 
-#define TILE_BY_WIDTH(madd) \
-    if (cols <= LANES) tile_of(c, ldc, a, b, lanes, rows, cols, add, 1, madd); \
-    else if (cols <= 2 * LANES) tile_of(c, ldc, a, b, lanes, rows, cols, add, 2, madd); \
-    else tile_of(c, ldc, a, b, lanes, rows, cols, add, NV, madd)
-
-static void tile(float *c, size_t ldc, View a, const float *b, size_t lanes,
-                 size_t rows, size_t cols, int add) {
-    TILE_BY_WIDTH(multiply_add);
+static void tile(float *c, size_t ldc, View a, const float *b, size_t K, size_t rows, size_t cols, int add) {
+    if (cols <= LANES) tile_of(c, ldc, a, b, K, rows, cols, add, 1, multiply_add);
+    else if (cols <= 2 * LANES) tile_of(c, ldc, a, b, K, rows, cols, add, 2, multiply_add);
+    else tile_of(c, ldc, a, b, K, rows, cols, add, NV, multiply_add);
 }
 
 // The sampled product takes SPAN rows at a time: their x^T, (I, SPAN), fits into L2 or nearly.

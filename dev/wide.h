@@ -275,7 +275,9 @@ static void pack_pairs(float *to, View strip, size_t width, size_t used, size_t 
 
 static void tile_pairs(float *c, size_t ldc, View a, const float *b, size_t lanes,
                        size_t rows, size_t cols, int add) {
-    TILE_BY_WIDTH(multiply_pairs);
+    if (cols <= LANES) tile_of(c, ldc, a, b, lanes, rows, cols, add, 1, multiply_pairs);
+    else if (cols <= 2 * LANES) tile_of(c, ldc, a, b, lanes, rows, cols, add, 2, multiply_pairs);
+    else tile_of(c, ldc, a, b, lanes, rows, cols, add, NV, multiply_pairs);
 }
 
 // As transpose_lanes does it.
