@@ -132,22 +132,29 @@ typedef struct {
 enum { CHAINS = 12, LINKS = 20000 };
 static volatile float factor = 0.999f, addend = 0.001f, sink;
 
-static inline __attribute__((always_inline)) void multiply_loop(MultiplyAdd *madd) {
-    #pragma omp parallel
-    {
-        vec x = broadcast(factor), y = broadcast(addend), sum[CHAINS];
-        for (int i = 0; i < CHAINS; i++) sum[i] = y * (float)i;
-        for (int n = 0; n < LINKS; n++)
-            #pragma GCC unroll 12
-            for (int i = 0; i < CHAINS; i++) sum[i] = madd(sum[i], x, y);
-        for (int i = 1; i < CHAINS; i++) sum[0] += sum[i];
-        sink = sum[0][0];
-    }
+static inline __attribute__((always_inline)) void multiply_chains(MultiplyAdd *madd) {
+    vec x = broadcast(factor), y = broadcast(addend), sum[CHAINS];
+    for (int i = 0; i < CHAINS; i++) sum[i] = y * (float)i;
+    for (int n = 0; n < LINKS; n++)
+        #pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++) sum[i] = madd(sum[i], x, y);
+    for (int i = 1; i < CHAINS; i++) sum[0] += sum[i];
+    sink = sum[0][0];
 }
 
-static void fp32_loop(const void *job) { (void)job, multiply_loop(multiply_add); }
+// The function is named inside the parallel region: handed in from outside, it would be called, not inlined.
+static void fp32_loop(const void *job) {
+    (void)job;
+    #pragma omp parallel
+    multiply_chains(multiply_add);
+}
+
 #ifdef PAIRS_OF_BF16
-static void bf16_loop(const void *job) { (void)job, multiply_loop(multiply_pairs); }
+static void bf16_loop(const void *job) {
+    (void)job;
+    #pragma omp parallel
+    multiply_chains(multiply_pairs);
+}
 #endif
 
 #ifdef AMX_OF_BF16
