@@ -6,6 +6,8 @@ RIGSA and the methods it is compared with: every method at several learning rate
     python dev/compare.py --out out_short --share 0.1                        passes of a tenth of the length
     python dev/compare.py --base smollm2.bin --data data_smollm2/mnist_7_train.bin \\
         --eval data_smollm2/mnist_7_heldout.bin --eval data_smollm2/own.bin --out out_real   the real model's
+    python dev/compare.py --base smollm2.bin --test data_smollm2/mnist_7_test.bin --out out_real \\
+        --methods rigsa,lora16 --rates 0.003              what is finished of these, on other questions
 
 One thread per run and --jobs of them at a time: the results are the same bits as with more threads. A run
 that is in the CSV is not made again, one that was stopped goes on from its last save.
@@ -27,6 +29,9 @@ flipped                      share of the signs, in a round of RIGSA's
 seconds, memory              of the whole run: processor time, and the most MB at any time
 
 then score and standard error of each evaluation set. The folders of the runs are beside it, for dev/plot.py.
+
+With --test nothing is trained: finished runs, chosen like runs to be made, are scored on these files, the base
+before them, and written to test.csv: method, budget, lr, seed, density, then scores and errors.
 """
 import argparse
 import csv
@@ -40,7 +45,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import command
-from rigsa_file import adapted_shapes, read_base, tensor_shapes
+from rigsa_file import adapted_shapes, read_base, read_examples, tensor_shapes
 
 ROUNDS = 5
 PARTS = 8  # of a pass, whose mean losses stand in the CSV
@@ -204,20 +209,55 @@ def parts(losses):
     return " ".join(f"{sum(losses[a:b]) / (b - a):.3f}" for a, b in zip(ends, ends[1:]) if a < b)
 
 
+def test(args, options):
+    """Scores of ./train_baselines --method eval with these options on the files of --test: a dict."""
+    files = [word for path in args.test for word in ("--eval", path)]
+    call = ["./train_baselines", "--method", "eval", "--precision", args.table.precision, *options, *files]
+    done = subprocess.run(call, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().splitlines()[-1])
+    *_, row = filter(None, (re.findall(r"([\d.]+) \+-([\d.]+)", line) for line in done.stdout.splitlines()))
+    return {name + end: number for name, pair in zip(args.columns, row, strict=True)
+            for end, number in zip(("", "_error"), pair)}
+
+
+def test_all(args, runs, finished):
+    """test.csv: the base, then those of the runs that are finished, their rows by key; what is there stays."""
+    path, base = os.path.join(args.out, "test.csv"), ["--base", args.base or "dev/nano/base.bin"]
+    there = read_rows(path)
+    if not there:
+        write(path, KEYS, [dict(zip(KEYS, ("base", "", 0, 0, 0))) | test(args, base)])
+    for run in runs:
+        row, out = finished.get(key(run)), folder(args, run)
+        if not row or key(run) in map(key, there[1:]):
+            continue
+        model = os.path.join(out, "model.bin")
+        options = ["--base", model] if os.path.exists(model) else [*base, *(
+            word for name in ("lora", "ticket") if os.path.exists(os.path.join(out, f"{name}.bin"))
+            for word in (f"--{name}", os.path.join(out, f"{name}.bin")))]
+        if "nf4" in run["options"]:
+            options += ["--base-type", "nf4"]
+        found = {name: row[name] for name in KEYS} | test(args, options)
+        write(path, KEYS, [found])
+        print("   ".join(f"{name} {value}" for name, value in found.items() if value and "_error" not in name),
+              flush=True)
+
+
+KEYS = ("method", "budget", "lr", "seed", "density")
 COLUMNS = ("commit", "processor", "method", "round", "budget", "share", "lr", "seed", "settings", "examples",
            "losses", "values", "flipped", "seconds", "memory", "density")
 
 
-def write(path, new):
-    """Appends a run's rows to the CSV, the base's only to an empty one. ValueError if its columns differ."""
-    columns, there = [*COLUMNS, *(name for name in new[0] if name not in COLUMNS)], read_rows(path)
+def write(path, first, new):
+    """Appends rows to a CSV whose `first` columns come before the scores. ValueError if its columns differ."""
+    columns, there = [*first, *(name for name in new[0] if name not in first)], read_rows(path)
     if there and list(there[0]) != columns:
         raise ValueError(f"{path} has other columns; choose another --out")
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         if not there:
             writer.writeheader()
-        writer.writerows(new[1:] if there else new)
+        writer.writerows(new)
 
 
 def minutes(seconds):
@@ -240,7 +280,7 @@ def make_all(args, todo, path):
                 done, _ = wait(pending, LOOK, FIRST_COMPLETED)
                 for future in done:
                     run, new = pending.pop(future), future.result()
-                    write(path, new)
+                    write(path, COLUMNS, new[1:] if os.path.exists(path) else new)
                     said = [f"{run['method']:13} lr {run['lr']:<7g} seed {run['seed']}"] + [
                         f"{name} {float(score):.3f}" for name, score in new[-1].items()
                         if f"{name}_error" in new[-1]]
@@ -262,6 +302,8 @@ def main():
     parser.add_argument("--data", metavar="FILE", help="training examples of the new task")
     parser.add_argument("--eval", metavar="FILE", action="append", default=[],
                         help="repeatable: the new task, then the old ones")
+    parser.add_argument("--test", metavar="FILE", action="append", default=[],
+                        help="repeatable: score finished runs on these, train nothing")
     parser.add_argument("--methods", help="which, separated by commas; default: all of the table")
     parser.add_argument("--rates", help="only these learning rates of the table, separated by commas")
     parser.add_argument("--seeds", default="1,2,3", help="which (default: %(default)s)")
@@ -289,8 +331,12 @@ def main():
     there = read_rows(path)
     if there and float(there[0]["share"]) != args.share:
         raise ValueError(f"{path} was made with --share {there[0]['share']}; choose another --out")
-    done = {key(row) for row in there if row["method"] != "base"}
+    done = {key(row): row for row in there if row["method"] != "base"}  # a run's last row is its last pass
     runs = plan(args)
+    if args.test:
+        args.columns = [read_examples(name)["column"] for name in args.test]
+        test_all(args, runs, done)
+        return
     todo = [run for run in runs if key(run) not in done]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

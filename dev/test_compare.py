@@ -33,9 +33,9 @@ class Compare(unittest.TestCase):
         shorten("digits_test.bin", cls.eval, 20)
 
     def command(self, out, *more):
-        """compare.py with short passes, RIGSA at three rates and LoRA at three, of the table REAL."""
+        """compare.py with short passes, RIGSA at two rates and LoRA at three, of the table REAL."""
         return [sys.executable, os.path.join("dev", "compare.py"), "--base", os.path.join(NANO, "base.bin"),
-                "--data", os.path.join(NANO, "digits_train.bin"), "--eval", self.eval, "--share", "0.02",
+                "--data", os.path.join(NANO, "digits_train.bin"), "--eval", self.eval, "--share", "0.08",
                 "--seeds", "1", "--methods", "rigsa,lora16", "--out", os.path.join(self.folder, out), *more]
 
     def rows(self, out):
@@ -48,27 +48,37 @@ class Compare(unittest.TestCase):
         """A row for the base and each pass: its scores, values and settings; a second call makes nothing again."""
         subprocess.run(self.command("whole"), check=True, capture_output=True)
         rows = self.rows("whole")
-        self.assertEqual([row["method"] for row in rows], ["base", *["lora16"] * 3, *["rigsa"] * 18])
+        self.assertEqual([row["method"] for row in rows], ["base", *["lora16"] * 3, *["rigsa"] * 12])
         self.assertEqual([row["round"] for row in rows[-6:]], ["1", "2", "3", "4", "5", ""])
-        run = os.path.join(self.folder, "whole", "rigsa_both_0.008_1")
+        run = os.path.join(self.folder, "whole", "rigsa_both_0.006_1")
         with open(os.path.join(run, "table.csv"), newline="") as file:
             table = list(csv.DictReader(file))
         for row, found in zip(rows[-6:], table[1:], strict=True):
             self.assertEqual((row["digits"], row["digits_error"], row["density"]),
                              (found["digits"], found["digits_error"], found["density"]))
-            self.assertEqual((row["examples"], len(row["losses"].split())), ("96", compare.PARTS))
+            self.assertEqual((row["examples"], len(row["losses"].split())),
+                             ("96" if row["round"] else "128", compare.PARTS))
         with open(os.path.join(run, "log.txt")) as file:  # "ticket: density 0.0537, 14846 entries, hash ..."
             self.assertIn(f"{rows[-1]['values']} entries", file.read())
         shapes = adapted_shapes(read_base(os.path.join(NANO, "base.bin"))[0])
         self.assertEqual(rows[1]["values"], str(16 * sum(sum(shape) for _, shape in shapes)))  # A and B
-        self.assertIn("--lr 0.008 --alpha-lr 0.004 --batch 8 --seed 1", rows[-1]["settings"])
+        self.assertIn("--lr 0.006 --alpha-lr 0.004 --batch 8 --precision bf16 --seed 1", rows[-1]["settings"])
         again = subprocess.run(self.command("whole"), check=True, capture_output=True, text=True).stdout
-        self.assertEqual(again, "6 runs, 6 of them done\n")
+        self.assertEqual(again, "5 runs, 5 of them done\n")
         self.assertEqual(self.rows("whole"), rows)
+
+        for made in (2, 0):  # rows of test.csv: the scores that the run ended with, and only once
+            tested = subprocess.run(self.command("whole", "--rates", "0.003,0.001", "--test", self.eval),
+                                    check=True, capture_output=True, text=True).stdout
+            self.assertEqual(len(tested.splitlines()), made)
+        with open(os.path.join(self.folder, "whole", "test.csv"), newline="") as file:
+            tested = {row["method"]: (row["density"], float(row["digits"])) for row in csv.DictReader(file)}
+        self.assertEqual(tested["lora16"], next((row["density"], float(row["digits"])) for row in rows
+                                                if (row["method"], row["lr"]) == ("lora16", "0.001")))
 
         stopped = subprocess.Popen(self.command("stopped", "--jobs", "1"), stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True, start_new_session=True)
-        state = os.path.join(self.folder, "stopped", "rigsa_both_0.002_1", "state.bin")
+        state = os.path.join(self.folder, "stopped", "rigsa_both_0.003_1", "state.bin")
         while stopped.poll() is None and not os.path.exists(state):
             time.sleep(0.01)
         os.killpg(stopped.pid, signal.SIGTERM)
