@@ -612,17 +612,22 @@ static void attention_naive(float *gathered, float *lse) {
 }
 
 static void attention_case(const char *what, Rows rows) {
-    float gathered[ROOM], lse[ROOM];
+    float gathered[ROOM], lse[ROOM], dk[2 * ATT_ALL] = { 0 }, dv[2 * ATT_ALL] = { 0 };
     size_t n = rows.n * ATT_H * ATT_D;
     query = rows;
     bench(2 | 4);
+    memcpy(dk, on.din[1], ATT_ALL * sizeof(float));
+    memcpy(dv, on.din[2], ATT_ALL * sizeof(float));
     attention_naive(gathered, lse);
     attention_loss();
     check_close(what, on.out, gathered, n, 2e-6);
     check_close("log of the sum", on.kept, lse, rows.n * ATT_H, 2e-6);
-    attention_backward(on.din[0], on.din[1], on.din[2], on.dout, on.out, on.kept, on.in[0],
-                       on.in[1], on.in[2],
+    attention_backward(on.din[0], dk, dv, on.dout, on.out, on.kept, on.in[0], on.in[1], on.in[2],
                        &on_attention);
+    for (size_t i = 0; i < ATT_ALL; i++) {                      // two blocks, each a part
+        on.din[1][i] = dk[i] + dk[ATT_ALL + i];
+        on.din[2][i] = dv[i] + dv[ATT_ALL + i];
+    }
     check_gradient("dq", attention_loss, 0, n);
     check_gradient("dk", attention_loss, 1, ATT_ALL);
     check_gradient("dv", attention_loss, 2, ATT_ALL);
@@ -631,7 +636,7 @@ static void attention_case(const char *what, Rows rows) {
 static void test_attention(void) {
     uint32_t all[ATT_N], some[68] = { 2 };
     float *blocks = floats((size_t)omp_get_max_threads() * block_floats(ATT_H / ATT_KV, ATT_T, ATT_D));
-    on_attention = (Attention){ &query, ATT_KEYS, blocks, ATT_S, ATT_H, ATT_KV, ATT_D, ATT_T };
+    on_attention = (Attention){ &query, ATT_KEYS, blocks, ATT_S, ATT_N, ATT_H, ATT_KV, ATT_D, ATT_T };
     for (uint32_t i = 0, s = 0; i < ATT_N; i++) {
         s += i == ATT_KEYS[s + 1];
         all[i] = i - ATT_KEYS[s];

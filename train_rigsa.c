@@ -187,7 +187,7 @@ typedef struct {
     float *dq, *dk, *dv, *datt;// (N, H, D), (N, KV, D) twice, (N, H, D)
     float *dgate, *dup, *dh;   // (N, F)
     float *keys, *values;      // (K, KV, D) a stretch per sequence; of one layer, or `cache_stride` apart
-    float *dkeys, *dvalues;    // (K, KV, D)
+    float *dkeys, *dvalues;    // (KEY_PARTS, K, KV, D)
     size_t cache_stride;       // 0: one layer's copies take the place of another's
     float *blocks;             // a Block of attention for each thread
     float *cosine, *sine;      // (T, D / 2)
@@ -621,16 +621,17 @@ static void rope(float *x, const float *cosine, const float *sine, const uint32_
 // of `query` sees the keys of its own sequence, from key_start[s] up to its own position. About QUERIES
 // queries at a time, the G heads of some rows one above the other, meet all keys that they may see: memory
 // grows with T and never with T^2, and the heads of a group share the packed keys. Forward has one task per
-// sequence, kv head and block. Backward has one per sequence and kv head, because blocks add to the same dk
-// and dv. No two tasks write to the same place.
+// sequence, kv head and block. In backward blocks add to the same dk and dv: the blocks of a sequence and kv
+// head are dealt out to up to KEY_PARTS tasks, each with a dk and dv of its own. No two tasks write to the
+// same place.
 typedef struct {
     const Rows *query;
     const uint32_t *key_start;             // (S)
     float *blocks;                         // a Block for each thread
-    size_t S, H, KV, D, T;                 // T: the longest sequence that the blocks have room for
+    size_t S, K, H, KV, D, T;              // T: the longest sequence that the blocks have room for
 } Attention;
 
-enum { QUERIES = 144 };
+enum { QUERIES = 144, KEY_PARTS = 4 };
 
 // What a thread works with: some rows' queries of one group, one above the other, and what belongs to them.
 typedef struct {
@@ -648,6 +649,16 @@ static size_t block_floats(size_t G, size_t T, size_t D) {
 }
 
 static size_t block_rows(const Attention *a) { return max_size(1, QUERIES * a->KV / a->H); }
+
+// Of the longest sequence.
+static size_t most_blocks(const Attention *a) {
+    const uint32_t *start = a->query->start;
+    size_t longest = 0;
+    for (size_t s = 0; s < a->S; s++) longest = max_size(longest, start[s + 1] - start[s]);
+    return (longest + block_rows(a) - 1) / block_rows(a);
+}
+
+static size_t key_parts(const Attention *a) { return min_size(KEY_PARTS, most_blocks(a)); }
 
 // to (rows, width) = from (rows, ...), whose rows start `stride` apart; rows of `to` are `to_stride` apart.
 static void copy_rows(float *to, size_t to_stride, const float *from, size_t stride,
@@ -674,11 +685,9 @@ static Block block_scores(const Attention *a, const float *q, const float *k,
 
 static void attention_forward(float *out, float *lse, const float *q, const float *k, const float *v,
                               const Attention *a) {
-    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, step = block_rows(a), longest = 0;
+    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, step = block_rows(a), blocks = most_blocks(a);
     const uint32_t *start = a->query->start;
     float scale = 1.0f / sqrtf((float)D);
-    for (size_t s = 0; s < a->S; s++) longest = max_size(longest, start[s + 1] - start[s]);
-    size_t blocks = (longest + step - 1) / step;
     #pragma omp parallel for collapse(3) schedule(dynamic)
     for (size_t s = 0; s < a->S; s++)
         for (size_t kv = 0; kv < KV; kv++)
@@ -704,17 +713,21 @@ static void attention_forward(float *out, float *lse, const float *q, const floa
             }
 }
 
-// In reverse; p is computed again from q, k and lse. dq is written; dk and dv, which heads share, accumulate.
+// In reverse; p is computed again from q, k and lse. dq is written; dk and dv, (parts, K, KV, D), which heads
+// share, accumulate: their sums over the parts are the gradients.
 static void attention_backward(float *dq, float *dk, float *dv, const float *dout, const float *out,
                                const float *lse, const float *q, const float *k, const float *v,
                                const Attention *a) {
-    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV;
+    size_t H = a->H, KV = a->KV, D = a->D, G = H / KV, step = block_rows(a), parts = key_parts(a);
+    const uint32_t *start = a->query->start;
     float scale = 1.0f / sqrtf((float)D);
-    #pragma omp parallel for collapse(2) schedule(dynamic)
+    #pragma omp parallel for collapse(3) schedule(dynamic)
     for (size_t s = 0; s < a->S; s++)
         for (size_t kv = 0; kv < KV; kv++)
-            for (size_t r0 = a->query->start[s]; r0 < a->query->start[s + 1]; r0 += block_rows(a)) {
+            for (size_t part = 0; part < parts; part++)
+            for (size_t r0 = start[s] + part * step; r0 < start[s + 1]; r0 += parts * step) {
                 const Block b = block_scores(a, q, k, s, kv, r0);
+                const size_t kv_at = part * a->K * KV * D + b.kv_at;
                 copy_rows(b.out, G * D, out + b.at * D, H * D, b.rows, G * D);
                 copy_rows(b.dout, G * D, dout + b.at * D, H * D, b.rows, G * D);
                 // p = exp(scale * scores - lse)
@@ -724,7 +737,7 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
                     for (size_t j = 0; j < b.wide; j++) p_i[j] = exponential(scale * p_i[j] - lse_i);
                 }
                 // pass 3 was out = p v:                     dv += p^T dout          dp = dout v^T
-                matmul(dv + b.kv_at, KV * D, turned(b.p, b.wide), view(b.dout, D), b.keys, D, b.n, 1);
+                matmul(dv + kv_at, KV * D, turned(b.p, b.wide), view(b.dout, D), b.keys, D, b.n, 1);
                 matmul(b.dp, b.wide, view(b.dout, D), turned(v + b.kv_at, KV * D), b.n, b.keys, D, 0);
                 // pass 2 was p = softmax(scale * scores):   dscores = scale * p (dp - sum_j p_j dp_j)
                 // where sum_j p_j dp_j = dout . out, because out = sum_j p_j v_j and dp_j = dout . v_j
@@ -738,7 +751,7 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dou
                 }
                 // pass 1 was scores = q k^T:                dq = dscores k          dk += dscores^T q
                 matmul(b.dq, D, view(dscores, b.wide), view(k + b.kv_at, KV * D), b.n, D, b.keys, 0);
-                matmul(dk + b.kv_at, KV * D, turned(dscores, b.wide), view(b.q, D), b.keys, D, b.n, 1);
+                matmul(dk + kv_at, KV * D, turned(dscores, b.wide), view(b.q, D), b.keys, D, b.n, 1);
                 copy_rows(dq + b.at * D, H * D, b.dq, G * D, b.rows, G * D);
             }
 }
@@ -852,7 +865,7 @@ static const Rows *query_rows(const Model *model, const Batch *batch, size_t l) 
 static Attention layer_attention(const Model *model, const Batch *batch, size_t l) {
     const Config *c = &model->config;
     return (Attention){ query_rows(model, batch, l), batch->key_start, model->acts.blocks,
-                        batch->S, c->H, c->KV, c->D, model->acts.T };
+                        batch->S, batch->K, c->H, c->KV, c->D, model->acts.T };
 }
 
 // Computes all of layer l that its backward pass reads, from its input layer->x.
@@ -942,19 +955,21 @@ static void layer_attention_backward(Model *model, const Batch *batch, size_t l)
     Layer *layer = &acts->layer[l];
     const Rows *rows = query_rows(model, batch, l);
     const Attention attention = layer_attention(model, batch, l);
-    size_t N = batch->all.n, K = batch->K, n = (size_t)c->KV * c->D;
-    int copied = keys_are_copied(batch);
+    size_t N = batch->all.n, K = batch->K, n = (size_t)c->KV * c->D, parts = key_parts(&attention);
+    int copied = keys_are_copied(batch) || parts > 1;
     float *dk = copied ? acts->dkeys : acts->dk, *dv = copied ? acts->dvalues : acts->dv;
-    memset(dk, 0, K * n * sizeof(float));
-    memset(dv, 0, K * n * sizeof(float));
+    memset(dk, 0, parts * K * n * sizeof(float));
+    memset(dv, 0, parts * K * n * sizeof(float));
     attention_backward(acts->dq, dk, dv, acts->datt, layer->att, layer->lse, layer->q,
                        stretches(acts->keys, layer->k, batch, n), stretches(acts->values, layer->v, batch, n),
                        &attention);
     if (copied) {                                           // a row's gradient is the sum of its copies'
         memset(acts->dk, 0, N * n * sizeof(float));
         memset(acts->dv, 0, N * n * sizeof(float));
-        gather_backward(acts->dk, dk, batch->key_row, K, n);
-        gather_backward(acts->dv, dv, batch->key_row, K, n);
+        for (size_t part = 0; part < parts; part++) {
+            gather_backward(acts->dk, dk + part * K * n, batch->key_row, K, n);
+            gather_backward(acts->dv, dv + part * K * n, batch->key_row, K, n);
+        }
     }
     rope(acts->dq, acts->cosine, acts->sine, rows->position, -1, rows->n, c->H, c->D);
     rope(acts->dk, acts->cosine, acts->sine, batch->all.position, -1, N, c->KV, c->D);
@@ -2283,7 +2298,7 @@ static size_t acts_layout(Model *model, float *memory, Largest batch, int traini
     a->dq = take(&arena, N * HD), a->datt = take(&arena, N * HD);
     a->dk = take(&arena, N * KVD), a->dv = take(&arena, N * KVD);
     a->dgate = take(&arena, N * F), a->dup = take(&arena, N * F), a->dh = take(&arena, N * F);
-    a->dkeys = take(&arena, batch.K * KVD), a->dvalues = take(&arena, batch.K * KVD);
+    a->dkeys = take(&arena, KEY_PARTS * batch.K * KVD), a->dvalues = take(&arena, KEY_PARTS * batch.K * KVD);
     a->x_t = take(&arena, threads * x_t_floats(max_size(C, max_size(F, HD))));
     return arena.used;
 }

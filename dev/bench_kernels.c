@@ -188,7 +188,7 @@ typedef struct {
 static const Config *const SHAPE = &MODELS[1].config;           // 135M's heads
 
 static Attention shape_of(const OneSequence *a) {
-    return (Attention){ &a->rows, a->rows.start, a->blocks, 1, SHAPE->H, SHAPE->KV, SHAPE->D, a->T };
+    return (Attention){ &a->rows, a->rows.start, a->blocks, 1, a->T, SHAPE->H, SHAPE->KV, SHAPE->D, a->T };
 }
 
 static void run_attention_forward(const void *job) {
@@ -210,8 +210,8 @@ static void bench_attention(void) {
            "on the operations that the causal mask leaves\n"
            "     T          forward         backward\n");
     for (size_t T = 128; T <= 8192; T = T == 512 ? 832 : T == 832 ? 1024 : 2 * T) {
-        OneSequence a = { floats(T * H * D), floats(T * H), floats(T * H * D), floats(T * KV * D),
-                          floats(T * KV * D),
+        OneSequence a = { floats(T * H * D), floats(T * H), floats(T * H * D),
+                          floats(KEY_PARTS * T * KV * D), floats(KEY_PARTS * T * KV * D),
                           floats((size_t)omp_get_max_threads() * block_floats(H / KV, T, D)),
                           random_floats(T * H * D), random_floats(T * KV * D), random_floats(T * KV * D),
                           random_floats(T * H * D), { T, NULL, integers(2), integers(T) }, T };
