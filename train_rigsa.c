@@ -398,6 +398,21 @@ static double sum_of_parts(const double *part) {
     return sum;
 }
 
+// grad += alpha * dw for the entries from `first` up to `end`, and returns sum(dw * value). Where `index` is
+// given, dw is that of all entries.
+static inline double add_gradient(Tensor *delta, const float *dw, const uint32_t *index, float alpha,
+                                  size_t first, size_t end) {
+    float *grad = delta->grad, *value = delta->value;
+    double sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (size_t k = first; k < end; k++) {
+        float dw_k = dw[index ? index[k] : k];
+        grad[k] += alpha * dw_k;
+        sum += (double)dw_k * value[k];
+    }
+    return sum;
+}
+
 // The gradient. With dW = dy^T x:     dDeltaW += alpha * mask . dW          dalpha += sum(dW . mask . DeltaW)
 // Where few entries survive, only they are computed: dw then has one value per survivor.
 static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
@@ -412,13 +427,9 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
     else matmul(dw, I, turned(dy, O), view(x, I), O, I, N, 0);                            // dW = dy^T x
     #pragma omp parallel for
     for (size_t p = 0; p < PARTS; p++) {
-        double sum = 0;
-        for (size_t k = delta->n * p / PARTS; k < delta->n * (p + 1) / PARTS; k++) {
-            float dw_k = dw[index && !sampled ? index[k] : k];
-            delta->grad[k] += alpha * dw_k;
-            sum += (double)dw_k * delta->value[k];
-        }
-        part[p] = sum;
+        size_t first = delta->n * p / PARTS, end = delta->n * (p + 1) / PARTS;
+        part[p] = index && !sampled ? add_gradient(delta, dw, index, alpha, first, end)
+                                    : add_gradient(delta, dw, NULL, alpha, first, end);
     }
     gates->grad[a] += (float)sum_of_parts(part);
 }
@@ -1074,9 +1085,11 @@ static double gradient_norm(const Model *model) {
         if (!t->grad) continue;
         #pragma omp parallel for
         for (size_t p = 0; p < PARTS; p++) {
+            const float *grad = t->grad;
             double sum = 0;
+            #pragma omp simd reduction(+:sum)
             for (size_t k = t->n * p / PARTS; k < t->n * (p + 1) / PARTS; k++)
-                sum += (double)t->grad[k] * t->grad[k];
+                sum += (double)grad[k] * grad[k];
             part[p] = sum;
         }
         squares += sum_of_parts(part);
