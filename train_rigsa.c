@@ -399,7 +399,7 @@ static double sum_of_parts(const double *part) {
 }
 
 // grad += alpha * dw for the entries from `first` up to `end`, and returns sum(dw * value). Where `index` is
-// given, dw is that of all entries.
+// given, dw is that of all entries. (A caller says NULL itself: a loop without indices becomes vectors.)
 static inline double add_gradient(Tensor *delta, const float *dw, const uint32_t *index, float alpha,
                                   size_t first, size_t end) {
     float *grad = delta->grad, *value = delta->value;
