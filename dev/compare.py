@@ -318,7 +318,7 @@ def main():
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     files = [("--base", args.base), ("--data", args.data), *(("--eval", path) for path in args.eval)]
     args.files = [word for option, path in files if path for word in (option, path)]
-    config, _, _ = read_base(args.base or "dev/nano/base.bin")
+    config = read_base(args.base or "dev/nano/base.bin")[0]  # without holding its weights
     args.weights, args.entries = count(tensor_shapes(config)), count(adapted_shapes(config))
     args.commit, args.processor = commit(), processor()
     unknown = [method for method in args.methods if method not in args.table.methods]

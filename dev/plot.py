@@ -84,14 +84,14 @@ def draw_tradeoff(rows, sets, is_loss, folder):
     better = -1 if is_loss(target) else 1
     for budget in sorted({row["budget"] for row in rows} - {"", "both"}):
         figure, both = axes(11, 4.5, ncols=2)
-        best = -np.inf
+        found = []
         for method, (label, colour, marker) in STYLE.items():
             points = [mean_and_spread([(np.mean([kept(row, base, name, is_loss) for name in source]), float(row[target]))
                                        for row in seeds]) for seeds in by_rate(rows, method, budget).values()]
             if not points:
                 continue
             mean, spread = np.array(points).transpose(1, 2, 0)
-            best = max(best, *better * mean[1])
+            found.append(mean)
             for axis in both:
                 axis.errorbar(*mean, xerr=spread[0], yerr=spread[1], label=label, color=colour, marker=marker,
                               markersize=5, linewidth=1.2, elinewidth=0.7, capsize=2)
@@ -100,8 +100,14 @@ def draw_tradeoff(rows, sets, is_loss, folder):
             axis.set_xlabel(f"kept of {', '.join(source)} (share of the base)")
         both[0].set_ylabel(f"{target}, {NATS if is_loss(target) else 'share read'}")
         both[0].yaxis.set_inverted(is_loss(target))
-        both[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
-        both[1].set(xlim=(0.89, 1.01), ylim=(better * (best - 0.22), better * (best + 0.02)))
+        share, read = np.hstack(found)
+        best = max(better * read)
+        if any((share > 0.89) & (better * read > best - 0.22)):
+            both[1].set(xlim=(0.89, 1.01), ylim=(better * (best - 0.22), better * (best + 0.02)))
+        else:
+            both[1].remove()
+        both[0].legend(fontsize=8, frameon=False, loc="center left",
+                       bbox_to_anchor=(1.02 if len(figure.axes) == 1 else 2.25, 0.5))
         save(figure, folder, f"tradeoff_{budget}")
 
 
