@@ -1525,6 +1525,21 @@ static View part_of(View x, size_t i, size_t k) {                       // from 
 // to (cols, width) = from (rows, cols), transposed; zero stands where there are no more rows.
 static void transpose(float *to, size_t width, View from, size_t rows, size_t cols);
 
+// A kernel is how operands are packed and multiplied. Here is one for every machine; dev/wide.h has others,
+// whose 32-bit lanes hold two steps of k in bfloat16.
+typedef struct {
+    size_t rows;               // of c in a tile
+    size_t steps, unit;        // steps of k in a lane; lanes along k come in multiples of `unit`
+    // to (lanes, width) = a strip, `width` rows of a or columns of b; `used` of them and K steps exist, and
+    // zero stands for the others
+    void (*pack)(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes);
+    // c (rows, cols) = or += a strip of a, packed or in place, times packed b
+    void (*tile)(float *c, size_t ldc, View a, const float *b, size_t lanes,
+                 size_t rows, size_t cols, int add);
+} Kernel;
+
+static const Kernel *kernel(void);          // for this precision, on this machine
+
 // To bfloat16, ties to even. A NaN stays one: the carry out of its mantissa could make it a zero.
 static inline uint32_t round_bf16(float x) {
     union { float f; uint32_t i; } u = { x };
@@ -1542,9 +1557,8 @@ static void round_operands(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] = widen_bf16((uint16_t)round_bf16(x[i]));
 }
 
-// to (K, width) = a strip, `width` rows of a or columns of b; `used` exist, and zero stands for the others.
 // Where neighbours lie side by side, steps are copied one after the other.
-static void pack(float *to, View strip, size_t width, size_t used, size_t K) {
+static void pack(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes) {
     if (strip.row != 1) transpose(to, width, strip, used, K);
     else for (size_t k = 0; k < K; k++) {
         const float *from = strip.at + k * strip.col;
@@ -1552,15 +1566,15 @@ static void pack(float *to, View strip, size_t width, size_t used, size_t K) {
         else for (size_t j = 0; j < used; j++) to[k * width + j] = from[j];
         for (size_t j = used; j < width; j++) to[k * width + j] = 0;
     }
-    round_operands(to, width * K);
+    round_operands(to, width * lanes);
 }
 
 typedef vec MultiplyAdd(vec sum, vec a, vec b);             // sum + a b, lane by lane
 static inline vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
 static inline vec broadcast(float x) { return x - (vec){ 0 }; }         // x + 0 would not be x where x is -0
 
-// c (rows, cols) = or += a strip of a, packed or in place, times packed b, over `lanes` along k: a tile of nv
-// vectors. At an edge of c, sums go through a copy of it. `madd` is a constant wherever this is inlined.
+// A tile of nv vectors. At an edge of c, sums go through a copy of it. `madd` is a constant wherever this is
+// inlined.
 static inline __attribute__((always_inline))
 void tile_of(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t rows, size_t cols, int add,
              int nv, MultiplyAdd *madd) {
@@ -1592,11 +1606,20 @@ void tile_of(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t 
     if (edge) copy_rows(c, ldc, copy, NR, rows, cols);
 }
 
-static void tile(float *c, size_t ldc, View a, const float *b, size_t K, size_t rows, size_t cols, int add) {
-    if (cols <= LANES) tile_of(c, ldc, a, b, K, rows, cols, add, 1, multiply_add);
-    else if (cols <= 2 * LANES) tile_of(c, ldc, a, b, K, rows, cols, add, 2, multiply_add);
-    else tile_of(c, ldc, a, b, K, rows, cols, add, NV, multiply_add);
+static inline __attribute__((always_inline))
+void tile_by_width(float *c, size_t ldc, View a, const float *b, size_t lanes, size_t rows, size_t cols,
+                   int add, MultiplyAdd *madd) {
+    if (cols <= LANES) tile_of(c, ldc, a, b, lanes, rows, cols, add, 1, madd);
+    else if (cols <= 2 * LANES) tile_of(c, ldc, a, b, lanes, rows, cols, add, 2, madd);
+    else tile_of(c, ldc, a, b, lanes, rows, cols, add, NV, madd);
 }
+
+static void tile(float *c, size_t ldc, View a, const float *b, size_t lanes,
+                 size_t rows, size_t cols, int add) {
+    tile_by_width(c, ldc, a, b, lanes, rows, cols, add, multiply_add);
+}
+
+static const Kernel EVERYWHERE = { MR, 1, 1, pack, tile };
 
 // The sampled product takes SPAN rows at a time: their x^T, (I, SPAN), fits into L2 or nearly.
 enum { SPAN = 8 * LANES };
@@ -1611,7 +1634,8 @@ static _Thread_local float *packed_a, *packed_b;
 static void sleep_early(char **argv) { (void)argv; }
 static int choose_threads(double work) { return (void)work, 0; }
 static double memory_available(void) { return INFINITY; }
-#define matmul_wide(...) 0
+static const Kernel *kernel(void) { return &EVERYWHERE; }
+#define matmul_few(...) 0
 
 static void transpose(float *to, size_t width, View from, size_t rows, size_t cols) {
     for (size_t c0 = 0; c0 < cols; c0 += LANES)                         // a cache line of a row at a time
@@ -1630,11 +1654,11 @@ static void sampled_product(float *dw, const uint32_t *index, size_t n, const fl
         float *own = x_t + id * x_t_floats(I), dy_o[SPAN];
         for (size_t n0 = 0; n0 < N; n0 += SPAN) {
             size_t rows = min_size(N - n0, SPAN), o_now = O;
-            pack(own, view(x + n0 * I, I), SPAN, rows, I);
+            pack(own, view(x + n0 * I, I), SPAN, rows, I, I);
             for (size_t k = n * id / threads; k < n * (id + 1) / threads; k++) {
                 size_t o = index[k] / I, i = index[k] % I;
                 float sum = 0;
-                if (o != o_now) pack(dy_o, view(dy + n0 * O + (o_now = o), O), SPAN, rows, 1);
+                if (o != o_now) pack(dy_o, view(dy + n0 * O + (o_now = o), O), SPAN, rows, 1, 1);
                 #pragma omp simd reduction(+:sum)
                 for (size_t r = 0; r < SPAN; r++) sum += dy_o[r] * own[i * SPAN + r];
                 dw[k] += sum;
@@ -1648,24 +1672,29 @@ static double sampled_below(void) { return 0.25; }
 
 // The product on one thread. In fp32, rows of a that lie along k are read where they are.
 static void matmul_alone(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
-    if (matmul_wide(c, ldc, a, b, M, N, K, add)) return;
+    if (matmul_few(c, ldc, a, b, M, N, K, add)) return;
     if (!packed_a) packed_a = floats(PACKED_A), packed_b = floats(PACKED_B);
-    const size_t blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, MR);
+    const Kernel *use = kernel();
+    const size_t mr = use->rows, blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, mr);
+    const size_t KS = KC * use->steps;                                  // steps of k in a slice
     for (size_t j0 = 0; j0 < N; j0 += NC)
-        for (size_t k0 = 0; k0 < K; k0 += KC) {
-            size_t nc = min_size(NC, N - j0), kc = min_size(KC, K - k0);
+        for (size_t k0 = 0; k0 < K; k0 += KS) {
+            size_t nc = min_size(NC, N - j0), kc = min_size(KS, K - k0);
+            size_t lanes = round_up((kc + use->steps - 1) / use->steps, use->unit);
             for (size_t j = 0; j < nc; j += NR)
-                pack(packed_b + j * kc, transposed(part_of(b, k0, j0 + j)), NR, min_size(NR, nc - j), kc);
+                use->pack(packed_b + j * lanes, transposed(part_of(b, k0, j0 + j)), NR, min_size(NR, nc - j),
+                          kc, lanes);
             for (size_t i0 = 0; i0 < M; i0 += mc) {
                 size_t rows = min_size(mc, M - i0);
                 size_t in_place = precision == FP32 && a.col == 1 ? rows / MR * MR : 0;
-                for (size_t i = in_place; i < rows; i += MR)
-                    pack(packed_a + i * kc, part_of(a, i0 + i, k0), MR, min_size(MR, rows - i), kc);
+                for (size_t i = in_place; i < rows; i += mr)
+                    use->pack(packed_a + i * lanes, part_of(a, i0 + i, k0), mr, min_size(mr, rows - i),
+                              kc, lanes);
                 for (size_t j = 0; j < nc; j += NR)
-                    for (size_t i = 0; i < rows; i += MR) {
-                        View strip = i < in_place ? part_of(a, i0 + i, k0) : turned(packed_a + i * kc, MR);
-                        tile(c + (i0 + i) * ldc + j0 + j, ldc, strip, packed_b + j * kc, kc,
-                             min_size(MR, rows - i), min_size(NR, nc - j), add || k0);
+                    for (size_t i = 0; i < rows; i += mr) {
+                        View strip = i < in_place ? part_of(a, i0 + i, k0) : turned(packed_a + i * lanes, mr);
+                        use->tile(c + (i0 + i) * ldc + j0 + j, ldc, strip, packed_b + j * lanes, lanes,
+                                  min_size(mr, rows - i), min_size(NR, nc - j), add || k0);
                     }
             }
         }
@@ -2111,8 +2140,10 @@ static size_t base_weights(const Model *m) { return values_in(m->tensors, m->ten
 
 // Of the matrices that are adapted: as many as a dense adapter has entries.
 static size_t adapted_weights(const Model *model) {
-    const Config *c = &model->config;
-    return (size_t)c->L * c->C * (2 * ((size_t)c->H + c->KV) * c->D + 3 * (size_t)c->F);
+    size_t n = 0;
+    for (const Tensor *t = model->tensors; t < model->tensors + model->base_tensors; t++)
+        if (t->adapter >= 0) n += t->n;
+    return n;
 }
 
 // Gates are not counted; NAN where the base itself is trained, or nothing yet.

@@ -9,11 +9,10 @@
 //     sleep_early        threads that wait do not spin                               the same bits
 //     memory_available   free, or what a limit leaves                                the same bits
 //     transpose          in registers                                                the same bits
-//     matmul_wide        products that take another way than the trainer's:
-//     - few rows         b is read where it lies, instead of packed                  other last bits in fp32
-//     - PAIRS            --precision bf16 with AVX-512's bf16 instruction             other last bits in bf16
-//     - AMX              --precision bf16 on Intel's matrix registers                 other last bits in bf16
+//     matmul_few         b is read where it lies, instead of packed                  other last bits in fp32
 //     sampled_product    from transposes in registers                                other last bits
+//     PAIRS              --precision bf16 with AVX-512's bf16 instruction             other last bits in bf16
+//     AMX                --precision bf16 on Intel's matrix registers                 other last bits in bf16
 
 // -----------------------------------------------------------------------------------------------------------
 // A block of LANES x LANES transposed in registers. Step d swaps bit d of an element's row number with bit d
@@ -124,6 +123,7 @@ static void few_along(float *c, size_t ldc, const float *a, size_t a_row, const 
 // The product in fp32 where a has few rows, and b lies along k, or along its rows and a is one token's
 // (attention's p v, when text is generated). Returns whether it was such a one.
 static int matmul_few(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
+    if (precision != FP32) return 0;
     if (M <= FEW_ROWS && a.col == 1 && b.row == 1) {
         few_along(c, ldc, a.at, a.row, b.at, b.col, M, N, K, add);
         return 1;
@@ -197,15 +197,6 @@ static const Sampler LANES_SAMPLER = { 1, transpose_lanes, sampled_row };
 // PAIRS: a 32-bit lane holds steps 2k (low half) and 2k + 1 of the sum over k, in bfloat16, and one
 // instruction multiplies both and adds them in fp32. It takes denormals for zero.
 
-// How operands are packed and multiplied. Their 32-bit lanes are half as many as steps of k.
-typedef struct {
-    size_t rows, unit;         // of c in a tile; lanes along k come in multiples of `unit`
-    // as `pack` and `tile` of the trainer, but to (lanes, width)
-    void (*pack)(float *to, View strip, size_t width, size_t used, size_t K, size_t lanes);
-    void (*tile)(float *c, size_t ldc, View a, const float *b, size_t lanes,
-                 size_t rows, size_t cols, int add);
-} Kernel;
-
 static inline vec multiply_pairs(vec sum, vec a, vec b) {
     // the intrinsic makes gcc 12 store every sum
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -273,14 +264,9 @@ static void pack_pairs(float *to, View strip, size_t width, size_t used, size_t 
             }
 }
 
-#ifndef __clang__
-__attribute__((noclone))        // in a clone for its one caller, gcc 12 copies each sum at each step: a third slower
-#endif
 static void tile_pairs(float *c, size_t ldc, View a, const float *b, size_t lanes,
                        size_t rows, size_t cols, int add) {
-    if (cols <= LANES) tile_of(c, ldc, a, b, lanes, rows, cols, add, 1, multiply_pairs);
-    else if (cols <= 2 * LANES) tile_of(c, ldc, a, b, lanes, rows, cols, add, 2, multiply_pairs);
-    else tile_of(c, ldc, a, b, lanes, rows, cols, add, NV, multiply_pairs);
+    tile_by_width(c, ldc, a, b, lanes, rows, cols, add, multiply_pairs);
 }
 
 // As transpose_lanes does it.
@@ -303,7 +289,7 @@ static size_t sampled_row_pairs(float *dw, const float *dy_o, const float *x_t, 
     return sampled_row_of(dw, dy_o, x_t, index, row_start, I, n, multiply_pairs);
 }
 
-static const Kernel PAIRS = { MR, 1, pack_pairs, tile_pairs };
+static const Kernel PAIRS = { MR, 2, 1, pack_pairs, tile_pairs };
 static const Sampler PAIRS_SAMPLER = { 2, transpose_pairs, sampled_row_pairs };
 
 #if defined(__AMX_BF16__) || defined(__AMXBF16__)           // the one is gcc's, the other was clang's
@@ -386,64 +372,23 @@ static void tile_amx(float *c, size_t ldc, View a, const float *b, size_t lanes,
     for (size_t r = 0; edge && r < rows; r++) memcpy(c + r * ldc, copy + r * NR, cols * sizeof(float));
 }
 
-static const Kernel AMX = { AMX_ROWS, LANES, pack_amx, tile_amx };
+static const Kernel AMX = { AMX_ROWS, 2, LANES, pack_amx, tile_amx };
 #endif
 #endif
 
 // -----------------------------------------------------------------------------------------------------------
 // Which of them
 
-#ifdef AMX_OF_BF16
+#if defined(AMX_OF_BF16)
 static int use_amx(void) { return precision == BF16 && amx_begin(); }
+static const Kernel *kernel(void) { return precision == FP32 ? &EVERYWHERE : use_amx() ? &AMX : &PAIRS; }
+#elif defined(PAIRS_OF_BF16)
+static int use_amx(void) { return 0; }
+static const Kernel *kernel(void) { return precision == FP32 ? &EVERYWHERE : &PAIRS; }
 #else
 static int use_amx(void) { return 0; }
+static const Kernel *kernel(void) { return &EVERYWHERE; }
 #endif
-
-#ifdef PAIRS_OF_BF16
-static const Kernel *kernel(void) {
-#ifdef AMX_OF_BF16
-    if (use_amx()) return &AMX;
-#endif
-    return &PAIRS;
-}
-
-// As matmul_alone of the trainer does it, with operands in pairs.
-static void matmul_pairs(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
-    if (!packed_a) packed_a = floats(PACKED_A), packed_b = floats(PACKED_B);
-    const Kernel *use = kernel();
-    const size_t mr = use->rows, blocks = (M + MC - 1) / MC, mc = round_up((M + blocks - 1) / blocks, mr);
-    for (size_t j0 = 0; j0 < N; j0 += NC)
-        for (size_t k0 = 0; k0 < K; k0 += 2 * KC) {
-            size_t nc = min_size(NC, N - j0), kc = min_size(2 * KC, K - k0);
-            size_t lanes = round_up((kc + 1) / 2, use->unit);
-            for (size_t j = 0; j < nc; j += NR)
-                use->pack(packed_b + j * lanes, transposed(part_of(b, k0, j0 + j)), NR, min_size(NR, nc - j),
-                          kc, lanes);
-            for (size_t i0 = 0; i0 < M; i0 += mc) {
-                size_t rows = min_size(mc, M - i0);
-                for (size_t i = 0; i < rows; i += mr)
-                    use->pack(packed_a + i * lanes, part_of(a, i0 + i, k0), mr, min_size(mr, rows - i),
-                              kc, lanes);
-                for (size_t j = 0; j < nc; j += NR)
-                    for (size_t i = 0; i < rows; i += mr)
-                        use->tile(c + (i0 + i) * ldc + j0 + j, ldc, turned(packed_a + i * lanes, mr),
-                                  packed_b + j * lanes, lanes, min_size(mr, rows - i), min_size(NR, nc - j),
-                                  add || k0);
-            }
-        }
-}
-#endif
-
-// Returns whether the product was one that is not the trainer's own.
-static int matmul_wide(float *c, size_t ldc, View a, View b, size_t M, size_t N, size_t K, int add) {
-    if (precision == FP32) return matmul_few(c, ldc, a, b, M, N, K, add);
-#ifdef PAIRS_OF_BF16
-    matmul_pairs(c, ldc, a, b, M, N, K, add);
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 static const Sampler *sampler(void) {
 #ifdef PAIRS_OF_BF16
