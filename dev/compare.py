@@ -209,6 +209,22 @@ def parts(losses):
     return " ".join(f"{sum(losses[a:b]) / (b - a):.3f}" for a, b in zip(ends, ends[1:]) if a < b)
 
 
+def adapter_options(folder, base, options):
+    """The options of ./train_baselines that read a finished run back; `options` are those that made it."""
+    model = os.path.join(folder, "model.bin")
+    if os.path.exists(model):
+        return ["--base", model]
+    files = {name: os.path.join(folder, f"{name}.bin") for name in ("lora", "ticket")}
+    return ["--base", base, *(["--base-type", "nf4"] if "nf4" in options else []),
+            *(word for name, path in files.items() if os.path.exists(path) for word in (f"--{name}", path))]
+
+
+def printed_scores(output):
+    """The last row of a table that ./train_baselines has printed: (score, standard error) pairs, as texts."""
+    *_, row = filter(None, (re.findall(r"([\d.]+) \+-([\d.]+)", line) for line in output.splitlines()))
+    return row
+
+
 def test(args, options):
     """Scores of ./train_baselines --method eval with these options on the files of --test: a dict."""
     files = [word for path in args.test for word in ("--eval", path)]
@@ -216,27 +232,21 @@ def test(args, options):
     done = subprocess.run(call, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1])
-    *_, row = filter(None, (re.findall(r"([\d.]+) \+-([\d.]+)", line) for line in done.stdout.splitlines()))
-    return {name + end: number for name, pair in zip(args.columns, row, strict=True)
+    return {name + end: number for name, pair in zip(args.columns, printed_scores(done.stdout), strict=True)
             for end, number in zip(("", "_error"), pair)}
 
 
 def test_all(args, runs, finished):
     """test.csv: the base, then those of the runs that are finished, their rows by key; what is there stays."""
-    path, base = os.path.join(args.out, "test.csv"), ["--base", args.base or "dev/nano/base.bin"]
+    path = os.path.join(args.out, "test.csv")
     there = read_rows(path)
     if not there:
-        write(path, KEYS, [dict(zip(KEYS, ("base", "", 0, 0, 0))) | test(args, base)])
+        write(path, KEYS, [dict(zip(KEYS, ("base", "", 0, 0, 0))) | test(args, ["--base", args.base_file])])
     for run in runs:
-        row, out = finished.get(key(run)), folder(args, run)
+        row = finished.get(key(run))
         if not row or key(run) in map(key, there[1:]):
             continue
-        model = os.path.join(out, "model.bin")
-        options = ["--base", model] if os.path.exists(model) else [*base, *(
-            word for name in ("lora", "ticket") if os.path.exists(os.path.join(out, f"{name}.bin"))
-            for word in (f"--{name}", os.path.join(out, f"{name}.bin")))]
-        if "nf4" in run["options"]:
-            options += ["--base-type", "nf4"]
+        options = adapter_options(folder(args, run), args.base_file, run["options"])
         found = {name: row[name] for name in KEYS} | test(args, options)
         write(path, KEYS, [found])
         print("   ".join(f"{name} {value}" for name, value in found.items() if value and "_error" not in name),
@@ -318,9 +328,7 @@ def main():
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     files = [("--base", args.base), ("--data", args.data), *(("--eval", path) for path in args.eval)]
     args.files = [word for option, path in files if path for word in (option, path)]
-    config = read_base(args.base or "dev/nano/base.bin")[0]  # without holding its weights
-    args.weights, args.entries = count(tensor_shapes(config)), count(adapted_shapes(config))
-    args.commit, args.processor = commit(), processor()
+    args.base_file = args.base or "dev/nano/base.bin"
     unknown = [method for method in args.methods if method not in args.table.methods]
     if unknown:
         raise ValueError(f"no method `{unknown[0]}`; there are {', '.join(args.table.methods)}")
@@ -337,6 +345,9 @@ def main():
         args.columns = [read_examples(name)["column"] for name in args.test]
         test_all(args, runs, done)
         return
+    config = read_base(args.base_file)[0]  # without holding its weights
+    args.weights, args.entries = count(tensor_shapes(config)), count(adapted_shapes(config))
+    args.commit, args.processor = commit(), processor()
     todo = [run for run in runs if key(run) not in done]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -106,8 +106,7 @@ def draw_tradeoff(rows, sets, is_loss, folder):
             both[1].set(xlim=(0.89, 1.01), ylim=(better * (best - 0.22), better * (best + 0.02)))
         else:
             both[1].remove()
-        both[0].legend(fontsize=8, frameon=False, loc="center left",
-                       bbox_to_anchor=(1.02 if len(figure.axes) == 1 else 2.25, 0.5))
+        figure.axes[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
         save(figure, folder, f"tradeoff_{budget}")
 
 

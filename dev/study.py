@@ -41,6 +41,7 @@ NANO = os.path.join(HERE, "nano")
 sys.path[:0] = [HERE, NANO]
 import command  # noqa: E402
 import make_nano  # noqa: E402
+from compare import adapter_options, printed_scores  # noqa: E402
 from rigsa_file import (adapted_shapes, data_sections, read_base, read_examples, read_file,  # noqa: E402
                         write_file)
 
@@ -339,13 +340,7 @@ def folder_of(args, arm, lr, seed):
 
 def adapter_of(args, arm, folder):
     """The options by which a finished run is scored."""
-    model, lora, ticket = (os.path.join(folder, name) for name in ("model.bin", "lora.bin", "ticket.bin"))
-    if os.path.exists(model):
-        return ["--base", model]
-    base = ["--base", base_file(args, arm.width)]
-    if os.path.exists(lora):
-        return [*base, "--lora", lora, *(["--base-type", "nf4"] if "nf4" in arm.options else [])]
-    return [*base, "--ticket", ticket]
+    return adapter_options(folder, base_file(args, arm.width), arm.options)
 
 
 def score(args, arm, role, adapter):
@@ -354,8 +349,8 @@ def score(args, arm, role, adapter):
     evals = [target, *(os.path.join(NANO, f"{skill}.bin") for skill in SKILLS)]
     output = run_command(["./train_baselines", "--method", "eval", *adapter,
                           *(part for file in evals for part in ("--eval", file))])
-    rows = [re.findall(r"([\d.]+) \+-", line) for line in output.splitlines()]
-    return dict(zip(("target", *SKILLS), map(float, [row for row in rows if len(row) == len(evals)][-1])))
+    found = printed_scores(output)
+    return {name: float(value) for name, (value, _) in zip(("target", *SKILLS), found, strict=True)}
 
 
 def remembered(path, make):
