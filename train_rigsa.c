@@ -1631,7 +1631,7 @@ static _Thread_local float *packed_a, *packed_b;
 #ifdef WIDE
 #include WIDE
 #else
-static void sleep_early(char **argv) { (void)argv; }
+static void prepare_threads(char **argv) { (void)argv; }
 static int choose_threads(double work) { return (void)work, 0; }
 static double memory_available(void) { return INFINITY; }
 static const Kernel *kernel(void) { return &EVERYWHERE; }
@@ -3157,7 +3157,7 @@ static void begin_program(char **argv) {
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) _exit(1);
     setvbuf(stdout, NULL, _IOLBF, 0);                   // a log that is read while the run goes on
     atexit(check_output);
-    sleep_early(argv);
+    prepare_threads(argv);
 }
 
 #ifdef STANDALONE

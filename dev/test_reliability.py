@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -565,6 +566,34 @@ def memory_cgroup(runs, usual, planned):
         os.rmdir(group)
 
 
+def test_quota(runs, long):
+    """No more threads than a cgroup's quota leaves processors: of version 2 in files of ours, of version 1 a real one."""
+    processors = len(os.sched_getaffinity(0))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+    def threads(what, expected, command):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        if done.returncode:
+            print(f"    {what} was not tried: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+            return
+        check(f"threads: {what}", f" on {expected} threads" in done.stdout, done.stdout)
+
+    train = shlex.join([runs.program, "--out", runs.path("out"), "--overwrite", *runs.usual()])
+    for text, expected in (("max 100000", processors), ("50000 100000", 1), ("100000 100000", 1),
+                           ("110000 100000", min(2, processors)), ("100000 200000", 1)):
+        threads(f"cpu.max {text}", expected,
+                ["unshare", "-m", "sh", "-c", "mount -t tmpfs none /sys/fs/cgroup && "
+                 f"echo {text} > /sys/fs/cgroup/cpu.max && exec {train}"])
+    own = re.search(":(?:cpu|cpu,cpuacct):(.*)", read("/proc/self/cgroup").decode())
+    group = shlex.quote(f"/sys/fs/cgroup/cpu{own[1].rstrip('/') if own else '/none'}/rigsa{os.getpid()}")
+    for quota, expected in ((-1, processors), (50000, 1), (100000, 1)):
+        threads(f"a quota of {quota} us in 100000", expected,
+                ["sh", "-c", f"mkdir -p {group} && echo {quota} > {group}/cpu.cfs_quota_us && "
+                 f"echo 0 > {group}/cgroup.procs && exec {train}"])
+    if os.path.isdir(group):
+        os.rmdir(group)
+
+
 PROGRAMS = ["train_rigsa --help", "test_rigsa --help", "train_baselines --help", "dump_baselines --help",
             "dev/bench_kernels no", "dev/bench_step --no"]
 
@@ -685,7 +714,7 @@ def agrees(losses, updates, percent, shown):
 
 TESTS = (test_killed, test_terminated, test_default, test_second_signal, test_disk_full, test_lock,
          test_other_settings, test_names, test_changed_data, test_moved_inputs, test_baselines,
-         test_command_lines, test_not_finite, test_small_stack, test_memory, test_start, test_large_batch,
+         test_command_lines, test_not_finite, test_small_stack, test_memory, test_quota, test_start, test_large_batch,
          test_ignored_signal, test_closed, test_output, test_make, test_soak)
 
 

@@ -6,7 +6,7 @@
 // tiles, kernels, threads and memory, and nothing of models.
 //
 //     choose_threads     as many as are fastest on a busy machine                    the same bits
-//     sleep_early        threads that wait do not spin                               the same bits
+//     prepare_threads    within a quota of processors; they wait without spinning    the same bits
 //     memory_available   free, or what a limit leaves                                the same bits
 //     transpose          in registers                                                the same bits
 //     matmul_few         b is read where it lies, instead of packed                  other last bits in fp32
@@ -431,6 +431,69 @@ static void sampled_product(float *dw, const uint32_t *index, size_t n, const fl
 }
 
 // -----------------------------------------------------------------------------------------------------------
+// What Linux leaves us: free memory, and the limits of our cgroup and of those around it
+
+#include <sys/resource.h>
+
+// The number after `key` at the start of a line of a file; infinity if there is none.
+static double number_in(const char *path, const char *key) {
+    char line[256];
+    double number = INFINITY;
+    FILE *f = fopen(path, "r");
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, key, strlen(key)) && sscanf(line + strlen(key), "%lf", &number) == 1) break;
+    if (f) fclose(f);
+    return number;
+}
+
+// A group's limit in bytes. Its files have other names in the second version of cgroups.
+static double group_memory(const char *group, int second) {
+    char path[PATH_MAX + 96];
+    snprintf(path, sizeof path, "%s/memory.%s", group, second ? "max" : "limit_in_bytes");
+    return number_in(path, "");
+}
+
+// A group's limit in processors: microseconds of work in a period of so many.
+static double group_processors(const char *group, int second) {
+    char path[PATH_MAX + 96];
+    double work = -1, period = 1e5;
+    snprintf(path, sizeof path, "%s/cpu.%s", group, second ? "max" : "cfs_quota_us");
+    FILE *f = fopen(path, "r");
+    if (f && fscanf(f, "%lf%lf", &work, &period) < 1) work = -1;                // "max 100000"
+    if (f) fclose(f);
+    snprintf(path, sizeof path, "%s/cpu.cfs_period_us", group);
+    return work > 0 ? work / (second ? period : number_in(path, "")) : INFINITY;
+}
+
+// The least limit of all our groups; infinity where there is none.
+static double least_in_groups(const char *controller, double (*limit)(const char *group, int second)) {
+    char line[PATH_MAX], group[PATH_MAX + 64];
+    double least = INFINITY;
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f)) {                  // "0::/ours" or "4:cpu,cpuacct:/ours"
+        char *path = line, *names = (strsep(&path, ":"), strsep(&path, ":"));
+        int second = names && !*names, ours = second;
+        for (char *name; (name = strsep(&names, ","));) ours |= !strcmp(name, controller);
+        for (char *end = ours && path ? strchr(path, '\n') : NULL; end; end = strrchr(path, '/')) {
+            *end = 0;
+            snprintf(group, sizeof group, "/sys/fs/cgroup/%s%s", second ? "" : controller, path);
+            least = fmin(least, limit(group, second));
+        }
+    }
+    if (f) fclose(f);
+    return least;
+}
+
+// The least of free memory, ulimit -v and the cgroups' limits, in bytes; or infinity.
+static double memory_available(void) {
+    struct rlimit space;
+    double least = least_in_groups("memory", group_memory);
+    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY)
+        least = fmin(least, (double)space.rlim_cur);
+    return fmin(least, 1024 * number_in("/proc/meminfo", "MemAvailable:"));
+}
+
+// -----------------------------------------------------------------------------------------------------------
 // How many threads? Where other programs or a quota take cores, fewer are faster, with the same bits. So half
 // or twice as many are tried for a window of time between two windows as usual, and stay if they are faster.
 // Trials lose a hundredth of the time.
@@ -479,56 +542,18 @@ static int choose_threads(double work) {
     return t.settled != settled;
 }
 
-// Threads that wait spin before they sleep, libgomp's for milliseconds: beside a loop a run took 20 times as
-// long (dev/LOG.md). It reads its environment before main, so the program starts itself again.
-static void sleep_early(char **argv) {
+// No more threads than a quota leaves processors: all are stopped together when it is used up. Threads that
+// wait spin before they sleep, libgomp's for milliseconds: beside a loop a run took 20 times as long
+// (dev/LOG.md). It reads its environment before main, so the program starts itself again.
+static void prepare_threads(char **argv) {
     (void)argv;
 #ifdef _OPENMP
     char self[PATH_MAX] = "";
+    if (!getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads((int)fmin(omp_get_max_threads(), ceil(least_in_groups("cpu", group_processors))));
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "1000", 1);
     setenv("KMP_BLOCKTIME", "0", 0);                        // clang's
     if (readlink("/proc/self/exe", self, sizeof self - 1) > 0) execv(self, argv);
 #endif
-}
-
-// -----------------------------------------------------------------------------------------------------------
-// How much memory is there?
-
-#include <sys/resource.h>
-
-// The number after `key` at the start of a line of a file; infinity if there is none.
-static double number_in(const char *path, const char *key) {
-    char line[256];
-    double number = INFINITY;
-    FILE *f = fopen(path, "r");
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, key, strlen(key)) && sscanf(line + strlen(key), "%lf", &number) == 1) break;
-    if (f) fclose(f);
-    return number;
-}
-
-// The least of free memory, ulimit -v and the limits (bytes; of either version) of our cgroup and those
-// around it; or infinity.
-static double memory_available(void) {
-    struct rlimit space;
-    char line[PATH_MAX], path[PATH_MAX + 64];
-    double least = 1024 * number_in("/proc/meminfo", "MemAvailable:");
-    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY)
-        least = fmin(least, (double)space.rlim_cur);
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    while (f && fgets(line, sizeof line, f)) {                  // "0::/ours" or "4:memory:/ours"
-        int second = !strncmp(line, "0::/", 4);
-        char *group = second || strstr(line, ":memory:/") ? strchr(line, '/') : NULL;
-        char *end = group ? strchr(group, '\n') : NULL;
-        while (end) {
-            *end = 0;
-            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/memory.%s", second ? "" : "/memory", group,
-                     second ? "max" : "limit_in_bytes");
-            least = fmin(least, number_in(path, ""));
-            end = strrchr(group, '/');
-        }
-    }
-    if (f) fclose(f);
-    return least;
 }
