@@ -442,7 +442,7 @@ static void test_torch_adamw(void) {
         float *w = copy_of(start, n * 4), *m = floats(n), *v = floats(n), lr = hyper[0];
         double off = 0;
         check_same("betas and epsilon", hyper + 1, (float[]){ BETA1, BETA2, ADAM_EPS }, 3 * sizeof(float));
-        for (size_t t = 1; t <= 10; t++) adamw(w, m, v, grads + (t - 1) * n, lr, hyper[4], 1, t, n);
+        for (size_t t = 1; t <= 10; t++) adamw(w, m, v, grads + (t - 1) * n, 0, lr, hyper[4], 1, t, n);
         for (size_t i = 0; i < n; i++) {  // a reduction of fmax crashes gcc 12 for aarch64
             double error = fabs((double)w[i] - result[i]) / fmax(fabs(result[i]), lr);
             if (!(error <= off)) off = error;               // and a NaN stays
@@ -467,7 +467,7 @@ static void test_narrow_moments(void) {
             v_new[i] = BETA2 * stored(v, i, 1) + (1 - BETA2) * g[i] * g[i];
             expected[i] = w[i] - (float)(0.01 * m_new[i] / up1 / (sqrt(v_new[i] / up2) + ADAM_EPS));
         }
-        adamw(w, m, v, g, 0.01f, 0, 1, t, N);
+        adamw(w, m, v, g, 0, 0.01f, 0, 1, t, N);
         if (t == 1 || t == 200) check_close("step", w, expected, N, 1e-6);
         for (size_t i = 0; i < N; i++) {
             off = fmaxf(off, fabsf(stored(m, i, 1) / m_new[i] - 1));
@@ -999,10 +999,8 @@ static void test_adapter(void) {
         model->scratch[t->n] = 42;
         check_close("W", rigsa_weight(model, t), w, t->n, 1e-6);
         check("nothing beyond", model->scratch[t->n] == 42);
-        for (int times = 1; times <= 2; times++) {  // the second time on top of the first
+        for (int times = 1; times <= 2; times++) {  // the second time in place of the first
             rigsa_gradient(model, t, x, dy, N);
-            for (size_t k = 0; k < delta->n; k++) ddelta[k] *= (float)times;
-            dalpha *= (float)times;
             if (delta->n) check_close("dDeltaW", delta->grad, ddelta, delta->n, 1e-6);
             if (dalpha != 0) check_close("dalpha", gate, &dalpha, 1, 5e-6);
             else check_number("dalpha of an empty mask", *gate, 0);
@@ -1031,13 +1029,53 @@ static void test_frozen(void) {
     check_number("survivors that did not", still, 0);
 }
 
+// Gradients in bfloat16 are those of before, rounded once: each as it is made, and their sum over
+// micro-batches. An update takes them as they are.
+static void test_narrow_gradients(void) {
+    static const double density[] = { 1, 0.5, 0.1 };
+    for (int i = 0; i < 3; i++) {
+        Run *run = rig_adapter(ODD, density[i]);
+        Model *model = &run->model;
+        size_t n = model->trained;
+        for (Tensor *t = delta_tensor(model, 0); t <= gates_tensor(model); t++) t->lr = 0.01f;
+        float *sum = floats(n), *value = copy_of(model->value_arena, n * sizeof(float)), *updated;
+        for (int split = 0; split < 2; split++) {
+            model->narrow = 0;
+            trained_arenas(model, delta_tensor(model, 0), gates_tensor(model) + 1);
+            rig_gradient(run, split ? 3 : MOST_EXAMPLES);
+            memcpy(sum, model->grad_arena, n * sizeof(float));
+            model->narrow = 1;
+            trained_arenas(model, delta_tensor(model, 0), gates_tensor(model) + 1);
+            rig_gradient(run, split ? 3 : MOST_EXAMPLES);
+            double off = 0, exact = 0;
+            for (size_t k = 0; k < n; k++) {
+                float got = stored(model->grad_arena, k, 1), rounded;
+                store(&rounded, 0, 1, sum[k]);
+                exact = fmax(exact, fabsf(got - stored(&rounded, 0, 1)));
+                off += pow(got - sum[k], 2);
+                sum[k] = got;
+            }
+            if (!split) check_number("rounded once", exact, 0);      // else each and the sum
+            check_most(split ? "summed" : "rounded", sqrt(off / dot(sum, sum, n)), 1.0 / 256);
+        }
+        model_update(model, 1, 1);
+        updated = copy_of(model->value_arena, n * sizeof(float));
+        model->narrow = 0;
+        trained_arenas(model, delta_tensor(model, 0), gates_tensor(model) + 1);
+        memcpy(model->grad_arena, sum, n * sizeof(float));
+        memcpy(model->value_arena, value, n * sizeof(float));
+        model_update(model, 1, 1);
+        check_close("an update", model->value_arena, updated, n, 1e-6);
+    }
+}
+
 // Blocks of moments, and a rest: every value takes the same step.
 static void test_adamw_blocks(void) {
     enum { N = 2 * 1024 + 7 };
     float *w = floats(N), *m = floats(N), *v = floats(N), *dw = floats(N);
     int same = 1;
     for (size_t i = 0; i < N; i++) dw[i] = 1;
-    adamw(w, m, v, dw, 0.1f, 0, 1, 1, N);
+    adamw(w, m, v, dw, 0, 0.1f, 0, 1, 1, N);
     for (size_t i = 0; i < N; i++) same &= w[i] == w[0];
     check("one step for all", same && w[0] < -0.09f);
 }
@@ -1593,11 +1631,10 @@ static void train_on(int threads, Outcome outcome[3]) {
         Run *run = i == 0 ? rig_full(ODD, LONG, COUNT_OF(LONG)) : rig_adapter(ODD, i == 1 ? 1 : 0.05);
         Model *model = &run->model;
         Pruned pruned[2 * ADAPTED];
-        size_t bytes = (i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model))
-            * sizeof(float);
+        size_t n = i == 0 ? base_weights(model) : adapter_entries(model) + matrices(model);
         outcome->loss = rig_train(run, 5, 0.01f, 1);
-        outcome->gradients = hash64(model->grad_arena, bytes);
-        outcome->weights = hash64(i == 0 ? model->base_arena : model->value_arena, bytes);
+        outcome->gradients = hash64(model->grad_arena, n * gradient_size(model));
+        outcome->weights = hash64(i == 0 ? model->base_arena : model->value_arena, n * sizeof(float));
         if (i == 0) continue;
         prune(model, pruned, 0.8, THRESHOLD_ALL, SURVIVORS_REWIND);
         outcome->ticket = ticket_hash(model);
@@ -2374,6 +2411,7 @@ static const struct { const char *name; void (*run)(void); } topics[] = {
     { "RIGSA's weight and gradient", test_adapter },
     { "what is frozen does not move", test_frozen }, { "decay and clipping", test_update },
     { "a step in blocks", test_adamw_blocks },
+    { "gradients in bfloat16", test_narrow_gradients },
     { "schedule", test_schedule }, { "order of the examples", test_visit_order },
     { "pruning, by hand", test_prune_by_hand },
     { "survivors, and a second round", test_survivors }, { "pruning is a sort", test_prune_is_a_sort },

@@ -232,6 +232,7 @@ struct Model {
     float *base_arena, *value_arena;
     size_t trained;            // values, with as many gradients and moments
     float *grad_arena, *m_arena, *v_arena;             // moments with bf16: half as wide, see stored()
+    int narrow;                // gradients are so, too: with bf16, where each is written once, RIGSA's
     float *sum_arena;          // of the gradients of several micro-batches, or NULL
     uint32_t *index_arena;
 };
@@ -246,7 +247,8 @@ static Tensor *delta_tensor(Model *model, size_t a) { return &model->tensors[mod
 static Tensor *gates_tensor(Model *model) { return delta_tensor(model, matrices(model)); }
 
 // With bf16, operands of products are rounded to bfloat16, the upper half of a float, and so is what is kept
-// for the backward pass, and AdamW's moments. Sums, DeltaW, gates and gradients stay in fp32.
+// for the backward pass, and what is stored of gradients and AdamW's moments. Sums, DeltaW and gates stay in
+// fp32.
 typedef enum { FP32, BF16 } Precision;
 static Precision precision;
 
@@ -370,6 +372,16 @@ static inline float frozen(const Tensor *t, size_t i) {
     return t->bf16 ? widen_bf16(t->bf16[i]) : t->value[i];
 }
 
+// Moments, and RIGSA's gradients, may be stored in bfloat16.
+static inline float stored(const float *x, size_t i, int narrow) {
+    return narrow ? widen_bf16(((const uint16_t *)x)[i]) : x[i];
+}
+
+static inline void store(float *x, size_t i, int narrow, float value) {
+    if (narrow) ((uint16_t *)x)[i] = (uint16_t)round_bf16(value);
+    else x[i] = value;
+}
+
 // The weight: W = W0 + alpha * (mask . DeltaW). Where an entry is pruned, it is the pretrained weight again.
 static const float *rigsa_weight(Model *model, Tensor *t) {
     const size_t a = (size_t)t->adapter;
@@ -398,23 +410,24 @@ static double sum_of_parts(const double *part) {
     return sum;
 }
 
-// grad += alpha * dw for the entries from `first` up to `end`, and returns sum(dw * value). Where `index` is
-// given, dw is that of all entries. (A caller says NULL itself: a loop without indices becomes vectors.)
-static inline double add_gradient(Tensor *delta, const float *dw, const uint32_t *index, float alpha,
-                                  size_t first, size_t end) {
+// grad = alpha * dw for the entries from `first` up to `end`, and returns sum(dw * value). Where `index` is
+// given, dw is that of all entries. (A caller says NULL and 0 or 1 itself: then the loop becomes vectors.)
+static inline double write_gradient(Tensor *delta, const float *dw, const uint32_t *index, int narrow,
+                                    float alpha, size_t first, size_t end) {
     float *grad = delta->grad, *value = delta->value;
     double sum = 0;
     #pragma omp simd reduction(+:sum)
     for (size_t k = first; k < end; k++) {
         float dw_k = dw[index ? index[k] : k];
-        grad[k] += alpha * dw_k;
+        store(grad, k, narrow, alpha * dw_k);
         sum += (double)dw_k * value[k];
     }
     return sum;
 }
 
-// The gradient. With dW = dy^T x:     dDeltaW += alpha * mask . dW          dalpha += sum(dW . mask . DeltaW)
-// Where few entries survive, only they are computed: dw then has one value per survivor.
+// The gradient. With dW = dy^T x:     dDeltaW = alpha * mask . dW           dalpha = sum(dW . mask . DeltaW)
+// Nothing is added to, because a matrix is used once in a pass. Where few entries survive, only they are
+// computed: dw then has one value per survivor.
 static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     const size_t a = (size_t)t->adapter, O = t->rows, I = t->cols;
     Tensor *delta = delta_tensor(model, a), *gates = gates_tensor(model);
@@ -428,10 +441,11 @@ static void rigsa_gradient(Model *model, Tensor *t, const float *x, const float 
     #pragma omp parallel for
     for (size_t p = 0; p < PARTS; p++) {
         size_t first = delta->n * p / PARTS, end = delta->n * (p + 1) / PARTS;
-        part[p] = index && !sampled ? add_gradient(delta, dw, index, alpha, first, end)
-                                    : add_gradient(delta, dw, NULL, alpha, first, end);
+        #define WRITE(index, narrow) write_gradient(delta, dw, index, narrow, alpha, first, end)
+        if (index && !sampled) part[p] = model->narrow ? WRITE(index, 1) : WRITE(index, 0);
+        else part[p] = model->narrow ? WRITE(NULL, 1) : WRITE(NULL, 0);
     }
-    gates->grad[a] += (float)sum_of_parts(part);
+    store(gates->grad, a, model->narrow, (float)sum_of_parts(part));
 }
 
 static const Adapter RIGSA = { rigsa_weight, rigsa_gradient };
@@ -1043,25 +1057,22 @@ static void model_backward(Model *model, const Batch *batch) {
 // where it should be, and a step uses both unrounded. With a b2 of .999 v could be off by all of its value.
 static size_t moment_size(void) { return precision == BF16 ? sizeof(uint16_t) : sizeof(float); }
 
-static inline float stored(const float *x, size_t i, int narrow) {
-    return narrow ? widen_bf16(((const uint16_t *)x)[i]) : x[i];
-}
-
 static const float BETA1 = 0.9f, BETA2 = 0.95f, ADAM_EPS = 1e-8f;
 static const double CLIP = 1;
 
-static void adamw(float *w, float *m, float *v, const float *dw, float lr, float decay, float clip,
-                  size_t t, size_t n) {
-    enum { BLOCK = 1024 };                                  // of moments, widened where they are narrow
+static void adamw(float *w, float *m, float *v, const float *dw, int narrow_dw, float lr, float decay,
+                  float clip, size_t t, size_t n) {
+    enum { BLOCK = 1024 };                                  // widened where they are narrow
     const float step = (float)(lr / (1 - pow(BETA1, (double)t)));
     const float root = (float)(1 / sqrt(1 - pow(BETA2, (double)t))), shrink = 1.0f - lr * decay;
     const int narrow = precision == BF16;
     #pragma omp parallel for
     for (size_t at = 0; at < n; at += BLOCK) {
-        float wide[2][BLOCK], *m_b = narrow ? wide[0] : m + at, *v_b = narrow ? wide[1] : v + at;
-        const float *dw_b = dw + at;
+        float wide[3][BLOCK], *m_b = narrow ? wide[0] : m + at, *v_b = narrow ? wide[1] : v + at;
+        const float *dw_b = narrow_dw ? wide[2] : dw + at;
         float *w_b = w + at;
         size_t size = min_size(BLOCK, n - at);
+        for (size_t i = 0; narrow_dw && i < size; i++) wide[2][i] = stored(dw, at + i, 1);
         for (size_t i = 0; narrow && i < size; i++)
             m_b[i] = stored(m, at + i, 1), v_b[i] = stored(v, at + i, 1);
         #pragma omp simd
@@ -1071,11 +1082,16 @@ static void adamw(float *w, float *m, float *v, const float *dw, float lr, float
             v_b[i] = BETA2 * v_b[i] + (1 - BETA2) * g * g;
             w_b[i] = w_b[i] * shrink - step * m_b[i] / (sqrtf(v_b[i]) * root + ADAM_EPS);
         }
-        for (size_t i = 0; narrow && i < size; i++) {
-            ((uint16_t *)m)[at + i] = (uint16_t)round_bf16(m_b[i]);
-            ((uint16_t *)v)[at + i] = (uint16_t)round_bf16(v_b[i]);
-        }
+        for (size_t i = 0; narrow && i < size; i++)
+            store(m, at + i, 1, m_b[i]), store(v, at + i, 1, v_b[i]);
     }
+}
+
+static inline double sum_squares(const float *x, int narrow, size_t first, size_t end) {
+    double sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (size_t k = first; k < end; k++) sum += (double)stored(x, k, narrow) * stored(x, k, narrow);
+    return sum;
 }
 
 // The norm of all gradients together.
@@ -1085,12 +1101,9 @@ static double gradient_norm(const Model *model) {
         if (!t->grad) continue;
         #pragma omp parallel for
         for (size_t p = 0; p < PARTS; p++) {
-            const float *grad = t->grad;
-            double sum = 0;
-            #pragma omp simd reduction(+:sum)
-            for (size_t k = t->n * p / PARTS; k < t->n * (p + 1) / PARTS; k++)
-                sum += (double)grad[k] * grad[k];
-            part[p] = sum;
+            size_t first = t->n * p / PARTS, end = t->n * (p + 1) / PARTS;
+            part[p] = model->narrow ? sum_squares(t->grad, 1, first, end)
+                                    : sum_squares(t->grad, 0, first, end);
         }
         squares += sum_of_parts(part);
     }
@@ -1105,11 +1118,15 @@ static int model_update(Model *model, size_t step, float factor) {
     if (!isfinite(norm)) return 0;
     float clip = norm > CLIP ? (float)(CLIP / norm) : 1;
     for (Tensor *t = model->tensors; t < model->tensors + model->all_tensors; t++)
-        if (t->grad) adamw(t->value, t->m, t->v, t->grad, t->lr * factor, t->decay, clip, step, t->n);
+        if (t->grad)
+            adamw(t->value, t->m, t->v, t->grad, model->narrow, t->lr * factor, t->decay, clip, step, t->n);
     return 1;
 }
 
-static void model_zero_grad(Model *model) { memset(model->grad_arena, 0, model->trained * sizeof(float)); }
+static size_t gradient_size(const Model *model) { return model->narrow ? sizeof(uint16_t) : sizeof(float); }
+static void model_zero_grad(Model *model) {
+    memset(model->grad_arena, 0, model->trained * gradient_size(model));
+}
 
 // The learning rate's factor in update t (from 1) of `updates`: over a share `warmup` a line up, over the
 // last `cooldown` one down. A share of 0 is no bound: the quotient is infinite.
@@ -1330,9 +1347,10 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
     for (size_t i = 0; i < count; i += micro) {
         loss += micro_gradient(run, example + i, min_size(count - i, micro), answers);
         #pragma omp parallel for simd
-        for (size_t k = 0; k < n; k++) model->sum_arena[k] += model->grad_arena[k];
+        for (size_t k = 0; k < n; k++) model->sum_arena[k] += stored(model->grad_arena, k, model->narrow);
     }
-    memcpy(model->grad_arena, model->sum_arena, n * sizeof(float));
+    #pragma omp parallel for
+    for (size_t k = 0; k < n; k++) store(model->grad_arena, k, model->narrow, model->sum_arena[k]);
     return loss / (double)answers;
 }
 
@@ -2261,11 +2279,11 @@ static void trained_arenas(Model *model, Tensor *first, Tensor *end) {
     size_t n = model->trained = values_in(first, end), at = 0;
     free(model->grad_arena);
     free_moments(model);
-    model->grad_arena = floats(n);
+    model->grad_arena = allocate(n, gradient_size(model));
     model->m_arena = allocate(n, moment_size());
     model->v_arena = allocate(n, moment_size());
     for (Tensor *t = first; t < end; at += t++->n) {
-        t->grad = model->grad_arena + at;
+        t->grad = (float *)((char *)model->grad_arena + at * gradient_size(model));
         t->m = (float *)((char *)model->m_arena + at * moment_size());
         t->v = (float *)((char *)model->v_arena + at * moment_size());
     }
@@ -2284,6 +2302,7 @@ static void values_alloc(Model *model, Tensor *first) {
 
 // A dense adapter at its initial values, with gradients and moments.
 static void adapter_alloc(Model *model) {
+    model->narrow = precision == BF16;
     values_alloc(model, delta_tensor(model, 0));
     rewind_adapter(model);
     model->adapter = RIGSA;
@@ -3062,7 +3081,8 @@ static void plan(Run *run) {
     size_t acts = acts_layout(model, NULL, batch, training);
     const struct { const char *what; size_t floats; } need[] = {
         { "weights", weights - halved }, { "adapter", training && !method.trains_base ? adapter : 0 },
-        { "gradients", trained + sum }, { "moments", 2 * trained * moment_size() / sizeof(float) },
+        { "gradients", trained / (method.end_pass && precision == BF16 ? 2 : 1) + sum },        // RIGSA's
+        { "moments", 2 * trained * moment_size() / sizeof(float) },
         { "activations", acts },
         { "scratch", largest_matrix(c) + packed },
         { "data", run->held + most + run->data.examples + 2 * updates } };

@@ -297,11 +297,11 @@ static const float *resting_weight(Model *model, Tensor *t) {
     return w;
 }
 
-// dDeltaW += alpha * mask . dW as ever. alpha scales the frozen entries, too, so its gradient needs all of
+// dDeltaW = alpha * mask . dW as ever. alpha scales the frozen entries, too, so its gradient needs all of
 // dW:
 //
-//     dalpha += sum(dW . (mask . DeltaW + (1 - mask) . initial))
-//             = sum(dW . mask . (DeltaW - initial)) + sum(dW . initial)
+//     dalpha = sum(dW . (mask . DeltaW + (1 - mask) . initial))
+//            = sum(dW . mask . (DeltaW - initial)) + sum(dW . initial)
 static void resting_gradient(Model *model, Tensor *t, const float *x, const float *dy, size_t N) {
     const size_t a = (size_t)t->adapter, O = t->rows, I = t->cols;
     Tensor *delta = delta_tensor(model, a), *gates = gates_tensor(model);
@@ -319,14 +319,14 @@ static void resting_gradient(Model *model, Tensor *t, const float *x, const floa
         double sum = 0;
         for (size_t k = delta->n * p / PARTS; k < delta->n * (p + 1) / PARTS; k++) {
             float dw_k = dw[delta->index[k]];
-            delta->grad[k] += alpha * dw_k;
+            store(delta->grad, k, model->narrow, alpha * dw_k);
             sum += (double)dw_k * ((double)delta->value[k] - initial(delta, key, k, sigma));
         }
         for (size_t i = O * I * p / PARTS; i < O * I * (p + 1) / PARTS; i++)
             sum += (double)dw[i] * normal(key, i, sigma);
         part[p] = sum;
     }
-    gates->grad[a] += (float)sum_of_parts(part);
+    store(gates->grad, a, model->narrow, (float)sum_of_parts(part));
 }
 
 static const Adapter RESTING = { resting_weight, resting_gradient };

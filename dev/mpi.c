@@ -45,8 +45,14 @@ static size_t owned(size_t n) {
     return sum;
 }
 
+// The k-th of an array of gradients, narrow or not, and their type.
+static void *place(const Model *model, float *grad, size_t k) {
+    return (char *)grad + k * gradient_size(model);
+}
+static MPI_Datatype type(const Model *model) { return model->narrow ? MPI_UINT16_T : MPI_FLOAT; }
+
 // sum (owned(n)) += its part of the gradients (n) of ranks 0..busy-1, in this order.
-static void add_gradients(float *sum, const float *grad, size_t n, int busy) {
+static void add_gradients(const Model *model, float *sum, size_t n, int busy) {
     int send[count], send_at[count], get[count], get_at[count];
     float *got = floats((size_t)count * (size_t)part_size(PIECE, count - 1));
     for (size_t at = 0; at < n; at += PIECE) {
@@ -57,23 +63,26 @@ static void add_gradients(float *sum, const float *grad, size_t n, int busy) {
             get[r] = r < busy ? (int)own : 0;
             get_at[r] = r * (int)own;
         }
-        MPI_Alltoallv(grad + at, send, send_at, MPI_FLOAT, got, get, get_at, MPI_FLOAT, MPI_COMM_WORLD);
+        MPI_Alltoallv(place(model, model->grad_arena, at), send, send_at, type(model), got, get, get_at,
+                      type(model), MPI_COMM_WORLD);
         #pragma omp parallel for simd
         for (size_t k = 0; k < own; k++)
-            for (size_t r = 0; r < (size_t)busy; r++) sum[k] += got[r * own + k];
+            for (size_t r = 0; r < (size_t)busy; r++) sum[k] += stored(got, r * own + k, model->narrow);
         sum += own;
     }
     free(got);
 }
 
-// all (n) = every rank's part of it.
-static void gather_parts(float *all, const float *sum, size_t n) {
+// The gradients (n) = every rank's part of the sum.
+static void gather_parts(const Model *model, const float *sum, size_t n) {
     int get[count], get_at[count];
     for (size_t at = 0; at < n; at += PIECE) {
         size_t size = min_size(PIECE, n - at);
         for (int r = 0; r < count; r++) get[r] = part_size(size, r), get_at[r] = part(size, r);
-        MPI_Allgatherv(sum, get[ranks.rank], MPI_FLOAT, all + at, get, get_at, MPI_FLOAT, MPI_COMM_WORLD);
-        sum += get[ranks.rank];
+        float *own = place(model, model->grad_arena, at + (size_t)get_at[ranks.rank]);
+        for (int k = 0; k < get[ranks.rank]; k++) store(own, (size_t)k, model->narrow, *sum++);
+        MPI_Allgatherv(MPI_IN_PLACE, 0, type(model), place(model, model->grad_arena, at), get, get_at,
+                       type(model), MPI_COMM_WORLD);
     }
 }
 
@@ -92,9 +101,9 @@ static double share_gradient(Run *run, const uint32_t *example, size_t size) {
             own = micro_gradient(run, example + at, min_size(size - at, micro), answers);
         MPI_Allgather(&own, 1, MPI_DOUBLE, all, 1, MPI_DOUBLE, MPI_COMM_WORLD);
         for (size_t r = 0; r < busy; r++) loss += all[r];
-        add_gradients(model->sum_arena, model->grad_arena, n, (int)busy);
+        add_gradients(model, model->sum_arena, n, (int)busy);
     }
-    gather_parts(model->grad_arena, model->sum_arena, n);
+    gather_parts(model, model->sum_arena, n);
     return loss / (double)answers;
 }
 

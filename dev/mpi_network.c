@@ -23,16 +23,17 @@ static double begin(void) {
     return MPI_Wtime();
 }
 
-// After an exchange that began then: `sent` and `got` floats left and reached this rank.
-static void end(double began, double sent, double got) {
-    int ranks;
+// After an exchange that began then: `sent` and `got` values left and reached this rank.
+static void end(double began, MPI_Datatype type, double sent, double got) {
+    int ranks, size;
+    PMPI_Type_size(type, &size);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
-    double now = MPI_Wtime(), gbit = setting("GBIT"), bytes = 4 * (sent > got ? sent : got);
+    double now = MPI_Wtime(), gbit = setting("GBIT"), bytes = size * (sent > got ? sent : got);
     double due = began + (gbit > 0 ? 8e-9 * bytes / gbit : 0) + 1e-6 * setting("USEC") * (ranks - 1);
     if (due > now) usleep((useconds_t)(1e6 * (due - now)));
     exchanged += now - began;
     delayed += due > now ? due - now : 0;
-    received += 4 * got;
+    received += size * got;
 }
 
 // The sum of all ranks' counts but this one's.
@@ -49,7 +50,7 @@ int MPI_Alltoallv(const void *from, const int *sends, const int *send_at, MPI_Da
                   void *to, const int *gets, const int *get_at, MPI_Datatype get_type, MPI_Comm all) {
     double began = begin();
     int error = PMPI_Alltoallv(from, sends, send_at, type, to, gets, get_at, get_type, all);
-    end(began, others(sends), others(gets));
+    end(began, type, others(sends), others(gets));
     return error;
 }
 
@@ -57,7 +58,7 @@ int MPI_Allgatherv(const void *from, int count, MPI_Datatype type,
                    void *to, const int *gets, const int *get_at, MPI_Datatype get_type, MPI_Comm all) {
     double began = begin();
     int error = PMPI_Allgatherv(from, count, type, to, gets, get_at, get_type, all);
-    end(began, count, others(gets));                    // in a ring, each passes on what it gets
+    end(began, type, others(gets), others(gets));       // in a ring, each passes on what it gets
     return error;
 }
 

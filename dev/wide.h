@@ -547,10 +547,10 @@ static int choose_threads(double work) {
 // (dev/LOG.md). It reads its environment before main, so the program starts itself again.
 static void prepare_threads(char **argv) {
     (void)argv;
-#ifdef _OPENMP
-    char self[PATH_MAX] = "";
     if (!getenv("OMP_NUM_THREADS"))
         omp_set_num_threads((int)fmin(omp_get_max_threads(), ceil(least_in_groups("cpu", group_processors))));
+#ifdef _OPENMP
+    char self[PATH_MAX] = "";
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     setenv("GOMP_SPINCOUNT", "1000", 1);
     setenv("KMP_BLOCKTIME", "0", 0);                        // clang's
