@@ -193,7 +193,48 @@ def test_same_error(runs, long):
         check(word, status == 1 and said_once(err, word), f"{status} {err}")
 
 
-TESTS = (test_same, test_evaluation, test_killed, test_differing, test_same_error)
+# What mpirun takes for ssh: AGENT [OPTIONS] HOST COMMAND. A host is a network namespace with a name of its own.
+AGENT = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do shift; done
+host=$1; shift
+exec ip netns exec "$host" unshare --uts sh -c "hostname $host; $*"
+"""
+
+
+def test_hosts(runs, long):
+    """A rank on each of two hosts: namespaces, whose only network is a cable between them."""
+    a, b = (f"r{os.getpid()}{end}" for end in "ab")
+    agent = runs.path("agent")
+    with open(agent, "w") as file:
+        file.write(AGENT)
+    os.chmod(agent, 0o755)
+    address = {a: "10.77.0.1/24", b: "10.77.0.2/24"}
+    cable = [f"ip netns add {a}", f"ip netns add {b}", f"ip link add {a} netns {a} type veth peer name {b} netns {b}",
+             *(line for host in (a, b) for line in (f"ip -n {host} addr add {address[host]} dev {host}",
+                                                    f"ip -n {host} link set lo up", f"ip -n {host} link set {host} up"))]
+    try:
+        for line in cable:
+            subprocess.run(line.split(), check=True, capture_output=True)
+        if runs.mpirun == ["mpirun"]:
+            print("    two hosts: not tried with MPICH")
+            return
+        ours = "--mca plm_rsh_agent {} --mca plm_rsh_no_tree_spawn 1 --mca btl self,tcp --mca btl_tcp_if_include {} " \
+               "--mca oob_tcp_if_include {} --host {}:1,{}:1".format(agent, "10.77.0.0/24", "10.77.0.0/24", a, b)
+        expected, runs.mpirun = alone(runs, "host", runs.usual()), [agent, a, *runs.mpirun, *ours.split()]
+        status, said, err = runs.run("hosts", *runs.usual())
+        check("two hosts", status == 0 and runs.result("hosts") == expected, said + err)
+        sent = subprocess.run(["ip", "netns", "exec", a, "cat", "/proc/net/dev"], capture_output=True, text=True).stdout
+        megabytes = 1e-6 * int(re.search(f"{a}: *(\\d+)", sent)[1])
+        check("it went through the cable", megabytes > 1, sent)
+        print(f"    two hosts: {megabytes:.0f} MB through the cable")
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"    no two hosts were made: {error}")
+    finally:
+        for host in (a, b):
+            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
+TESTS = (test_same, test_evaluation, test_killed, test_differing, test_same_error, test_hosts)
 
 
 if __name__ == "__main__":
