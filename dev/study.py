@@ -15,7 +15,8 @@ are scored on the test questions. All arms see the same seeds, so differences ar
 
 One thread per run, --jobs of them at a time. A run is known by its options: what is in --out already is not
 made again, also for another question. The same command goes on after an interruption; more --seeds add to
-what is there, other --questions and --arms as well.
+what is there, other --questions and --arms as well. Rows of study.csv count as made without their runs: so
+doc/study.csv, copied to --out, is gone on with.
 
 study.csv has a row per arm, rate and seed: question, arm, role (choose: held-out; answer: test), lr, seed,
 share and batch; density of the last pass; kept and flipped, the shares of each round; the scores of the
@@ -439,6 +440,11 @@ def balance(row, base):
     return row["target"] + sum(row[skill] / base[skill] for skill in SKILLS) / len(SKILLS)
 
 
+def name_of(row):
+    """What tells a row from the others."""
+    return row["question"], row["arm"], row["role"], f"{float(row['lr']):g}", int(row["seed"])
+
+
 class Study:
     """The rows so far, those of other questions and arms included, and the time that is left."""
 
@@ -447,7 +453,9 @@ class Study:
         self.arms = {question: [arm for arm in QUESTIONS[question]() if re.search(args.arms, arm.name)]
                      for question in args.questions}
         asked = {(question, arm.name) for question, arms in self.arms.items() for arm in arms}
-        self.rows = [row for row in read_rows(args.out) if (row["question"], row["arm"]) not in asked]
+        self.rows = [row for row in read_rows(args.out) if (row["question"], row["arm"]) not in asked
+                     or (float(row["share"]), int(row["batch"])) == (args.share, args.batch)]
+        self.made = {name_of(row): row for row in self.rows}
         self.left = sum(cost(args, arm) * ((len(arm.rates) if len(arm.rates) > 1 else 0) + len(args.seeds))
                         for arms in self.arms.values() for arm in arms)
         self.spent = self.worked = 0
@@ -463,9 +471,15 @@ class Study:
         os.replace(path + ".new", path)
 
     def row(self, question, arm, lr, seed, role):
-        """Makes one run, if need be, and adds its row."""
+        """A row that is there, or makes the run, if need be, and adds its row; scores as numbers."""
+        found = {"question": question, "arm": arm.name, "role": role, "lr": lr, "seed": seed}
+        if name_of(found) in self.made:
+            with self.lock:
+                self.left -= cost(self.args, arm)
+            there = self.made[name_of(found)]
+            return {**there, **{name: float(there[name]) for name in ("target", *SKILLS)}}
         began = time.time()
-        found = {"question": question, **complete(self.args, arm, lr, seed, role)}
+        found |= complete(self.args, arm, lr, seed, role)
         took = time.time() - began
         with self.lock:
             self.left -= cost(self.args, arm)

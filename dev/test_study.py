@@ -164,6 +164,22 @@ class Whole(Folder):
         self.assertEqual([row for row in both if row["question"] != "pruning"], rows)
         self.assertEqual(self.ask("decay"), both)
 
+    def test_goes_on(self):
+        """Rows of a study.csv are not made again, unless their passes had another length."""
+        rows = self.ask("decay")
+        path = os.path.join(self.args.out, "study.csv")
+        with open(path) as file:
+            text = file.read()
+        with open(path, "w") as file:
+            file.write(text.replace(",0.03,", ",0.04,"))  # densities, which `pretend` says are .03
+        kept = [row["density"] for row in self.ask("decay") if row["question"] == "decay"]
+        self.assertEqual(kept, ["0.04"] * (len(rows) - 2))
+        with open(path, "w") as file:
+            file.write(text.replace(",1,16,", ",0.5,16,"))
+        again = self.ask("decay")
+        self.assertEqual([row for row in again if row["question"] == "decay"],
+                         [row for row in rows if row["question"] == "decay"])
+
     def test_report(self):
         """The page's tables are replaced; a question without a place is an error."""
         self.ask("decay")
