@@ -206,7 +206,7 @@ typedef struct Model Model;
 typedef struct {
     // the matrix (O, I) that forward and dx use in t's place
     const float *(*weight)(Model *model, Tensor *t);
-    // from a product's input x (N, I) and its output's gradient dy (N, O), adds to those of what is trained
+    // from a product's input x (N, I) and its output's gradient dy (N, O): the gradients of what is trained
     void (*gradient)(Model *model, Tensor *t, const float *x, const float *dy, size_t N);
 } Adapter;
 
@@ -854,7 +854,7 @@ static void linear_forward(Model *model, float *y, Tensor *t, const float *x, si
     matmul(y, O, view(x, I), turned(w, I), N, O, I, add);                               // y = x W^T
 }
 
-// dx (N, I) = dy (N, O) W, or += with `add`; the adapter adds to its gradients.
+// dx (N, I) = dy (N, O) W, or += with `add`; the adapter makes its gradients.
 static void linear_backward(Model *model, float *dx, Tensor *t, const float *x, const float *dy,
                             size_t N, int add) {
     const float *w = model->adapter.weight(model, t);
