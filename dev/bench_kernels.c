@@ -247,7 +247,7 @@ static struct {
 
 static void run_adamw(const void *job) {
     (void)job;
-    adamw(on_rows.a, on_rows.c, on_rows.d, on_rows.b, 1e-3f, 1, 1, 10, ADAM_N);
+    adamw(on_rows.a, on_rows.c, on_rows.d, on_rows.b, 0, 1e-3f, 1, 1, 10, ADAM_N);
 }
 
 static void run_rmsnorm_forward(const void *job) {
