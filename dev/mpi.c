@@ -80,7 +80,9 @@ static void gather_parts(const Model *model, const float *sum, size_t n) {
         size_t size = min_size(PIECE, n - at);
         for (int r = 0; r < count; r++) get[r] = part_size(size, r), get_at[r] = part(size, r);
         float *own = place(model, model->grad_arena, at + (size_t)get_at[ranks.rank]);
-        for (int k = 0; k < get[ranks.rank]; k++) store(own, (size_t)k, model->narrow, *sum++);
+        #pragma omp parallel for
+        for (int k = 0; k < get[ranks.rank]; k++) store(own, (size_t)k, model->narrow, sum[k]);
+        sum += get[ranks.rank];
         MPI_Allgatherv(MPI_IN_PLACE, 0, type(model), place(model, model->grad_arena, at), get, get_at,
                        type(model), MPI_COMM_WORLD);
     }

@@ -543,11 +543,16 @@ def memory_135m(runs):
     memory_cgroup(runs, usual, planned)
 
 
+def new_cgroup(controller):
+    """The path of a group of version 1 in ours, which is not made yet; of none where there is no such version."""
+    own = re.search(rf":(?:\w+,)*{controller}(?:,\w+)*:(.*)", read("/proc/self/cgroup").decode())
+    return f"/sys/fs/cgroup/{controller}{own[1].rstrip('/') if own else '/none'}/rigsa{os.getpid()}"
+
+
 def memory_cgroup(runs, usual, planned):
     """The same under the limit of a cgroup, where we may make one: the kernel kills what takes more."""
     try:
-        own = re.search(":memory:(.*)", read("/proc/self/cgroup").decode())
-        group = f"/sys/fs/cgroup/memory{own[1] if own else '/none'}/rigsa{os.getpid()}"
+        group = new_cgroup("memory")
         os.mkdir(group)
     except OSError as error:
         print(f"    no cgroup was tried: {error}")
@@ -584,8 +589,7 @@ def test_quota(runs, long):
         threads(f"cpu.max {text}", expected,
                 ["unshare", "-m", "sh", "-c", "mount -t tmpfs none /sys/fs/cgroup && "
                  f"echo {text} > /sys/fs/cgroup/cpu.max && exec {train}"])
-    own = re.search(":(?:cpu|cpu,cpuacct):(.*)", read("/proc/self/cgroup").decode())
-    group = shlex.quote(f"/sys/fs/cgroup/cpu{own[1].rstrip('/') if own else '/none'}/rigsa{os.getpid()}")
+    group = shlex.quote(new_cgroup("cpu"))
     for quota, expected in ((-1, processors), (50000, 1), (100000, 1)):
         threads(f"a quota of {quota} us in 100000", expected,
                 ["sh", "-c", f"mkdir -p {group} && echo {quota} > {group}/cpu.cfs_quota_us && "
