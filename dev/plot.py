@@ -26,7 +26,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from run_files import Run, read_rows, smoothed  # noqa: E402
+from compare import read_rows  # noqa: E402
+from run_files import Run, smoothed  # noqa: E402
 
 STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okabe and Ito, which everybody can tell apart
     "rigsa": ("RIGSA", "#000000", "o"), "gated random": ("random mask, gated", "#56B4E9", "o"),
@@ -160,9 +161,10 @@ def draw_rounds(run, folder):
 
 def last_pass(folder):
     """The losses of the last pass of the run in `folder`, smoothed."""
-    rows = read_rows(folder, "loss.csv")
+    path = os.path.join(folder, "loss.csv")
+    rows = read_rows(path)
     if not rows:
-        raise ValueError(f"{os.path.join(folder, 'loss.csv')}: there are no losses in it")
+        raise ValueError(f"{path}: there are no losses in it")
     return smoothed([float(row["loss"]) for row in rows if row["pass"] == rows[-1]["pass"]])
 
 
@@ -197,8 +199,8 @@ def main():
     parser.add_argument("folder", help="of dev/compare.py, or of a run; or a CSV of dev/compare.py alone")
     folder = parser.parse_args().folder
     if folder.endswith(".csv"):
-        return print_runs(read_rows(*os.path.split(folder)))
-    rows = [row for row in read_rows(folder, "compare.csv") if not row.get("round")]  # last passes, and the base
+        return print_runs(read_rows(folder))
+    rows = [row for row in read_rows(os.path.join(folder, "compare.csv")) if not row.get("round")]  # last passes
     if rows:
         folders = middle_runs(rows, folder)
         rigsa = sorted(glob.glob(os.path.join(folder, "rigsa_*_0.003_*", "")))

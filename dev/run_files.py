@@ -1,12 +1,12 @@
 """
 What a run of train_rigsa has written into its folder, for those who draw it.
 """
-import csv
 import functools
 import os
 
 import numpy as np
 
+from compare import read_rows
 from import_hf import Ticket
 from rigsa_file import read_base, read_examples, read_file
 
@@ -19,15 +19,6 @@ def smoothed(losses):
     for loss in losses[1:]:
         smooth.append((1 - rate) * smooth[-1] + rate * loss)
     return smooth
-
-
-def read_rows(folder, name):
-    """The rows of a CSV of the run as dicts; none where it is not there yet."""
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def read_settings(folder):
@@ -55,12 +46,12 @@ class Run:
     def __init__(self, folder):
         self.folder, self.notes = folder, []
         self.settings = read_settings(folder)
-        self.table, self.losses = read_rows(folder, "table.csv"), read_rows(folder, "loss.csv")
+        self.table, self.losses, self.pruning = (read_rows(os.path.join(folder, name)) for name in (
+            "table.csv", "loss.csv", "pruning.csv"))
         if not self.table:
             raise ValueError(f"{os.path.join(folder, 'table.csv')}: nothing there yet; it is written with "
                              "the run's first save")
         self.sets = [name.removesuffix("_error") for name in self.table[0] if name.endswith("_error")]
-        self.pruning = read_rows(folder, "pruning.csv")
         self.data = {}
         for path in self.settings["eval"].split("\n"):
             examples = self.try_to(lambda: read_examples(path))

@@ -42,7 +42,7 @@ NANO = os.path.join(HERE, "nano")
 sys.path[:0] = [HERE, NANO]
 import command  # noqa: E402
 import make_nano  # noqa: E402
-from compare import adapter_options, printed_scores  # noqa: E402
+from compare import adapter_options, printed_scores, read_rows  # noqa: E402
 from rigsa_file import (adapted_shapes, data_sections, read_base, read_examples, read_file,  # noqa: E402
                         write_file)
 
@@ -391,8 +391,7 @@ def complete(args, arm, lr, seed, role):
             open(done, "w").close()
         scores = remembered(os.path.join(folder, f"{role}.json"),
                             lambda: score(args, arm, role, adapter_of(args, arm, folder)))
-    with open(os.path.join(folder, "table.csv"), newline="") as file:
-        _, *rounds, last = csv.DictReader(file)
+    _, *rounds, last = read_rows(os.path.join(folder, "table.csv"))
     kept, flipped = (" ".join(row[name][:5] for row in rounds if row[name] != "nan")
                      for name in ("kept", "flipped"))
     return {"arm": arm.name, "role": role, "lr": f"{lr:g}", "seed": seed, "density": last["density"],
@@ -413,15 +412,6 @@ COLUMNS = ("question", "arm", "role", "lr", "seed", "share", "batch", "density",
            *SKILLS, "seconds")
 PLACE = {(question, arm.name): (i, j) for i, (question, arms) in enumerate(QUESTIONS.items())
          for j, arm in enumerate(arms())}  # in study.csv
-
-
-def read_rows(folder):
-    """The rows of a study.csv as dicts of texts; none where there is no such file."""
-    path = os.path.join(folder, "study.csv")
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def place(row):
@@ -453,7 +443,8 @@ class Study:
         self.arms = {question: [arm for arm in QUESTIONS[question]() if re.search(args.arms, arm.name)]
                      for question in args.questions}
         asked = {(question, arm.name) for question, arms in self.arms.items() for arm in arms}
-        self.rows = [row for row in read_rows(args.out) if (row["question"], row["arm"]) not in asked
+        self.rows = [row for row in read_rows(os.path.join(args.out, "study.csv"))
+                     if (row["question"], row["arm"]) not in asked
                      or (float(row["share"]), int(row["batch"])) == (args.share, args.batch)]
         self.made = {name_of(row): row for row in self.rows}
         self.left = sum(cost(args, arm) * ((len(arm.rates) if len(arm.rates) > 1 else 0) + len(args.seeds))

@@ -36,7 +36,8 @@ class Compare(unittest.TestCase):
         """compare.py with short passes, RIGSA at two rates and LoRA at three, of the table REAL."""
         return [sys.executable, os.path.join("dev", "compare.py"), "--base", os.path.join(NANO, "base.bin"),
                 "--data", os.path.join(NANO, "digits_train.bin"), "--eval", self.eval, "--share", "0.08",
-                "--seeds", "1", "--methods", "rigsa,lora16", "--out", os.path.join(self.folder, out), *more]
+                "--seeds", "1", "--methods", "rigsa,lora16", "--rates", "0.003,0.006,0.0001,0.0003,0.001",
+                "--out", os.path.join(self.folder, out), *more]
 
     def rows(self, out):
         """The CSV, without what the clock and the machine say, in the order of the runs."""

@@ -149,7 +149,7 @@ class Whole(Folder):
         with mock.patch.object(study, "complete", pretend), mock.patch("builtins.print"), \
                 mock.patch.object(study, "base_scores", return_value=base), ThreadPoolExecutor(2) as pool:
             study.Study(args).ask(pool, question)
-        return study.read_rows(self.args.out)
+        return study.read_rows(os.path.join(self.args.out, "study.csv"))
 
     def test_choice(self):
         """Rates with seed 1, the best one with the others; another question leaves these rows alone."""
