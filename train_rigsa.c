@@ -52,8 +52,8 @@
 //      H  query heads     KV  key/value heads    G = H / KV  heads that share a key      D  size of a head
 //      O, I  rows (outputs) and columns (inputs) of a linear matrix: y (N, O) = x (N, I) W^T
 // A gradient has the name of its variable with a d in front (only dlogits takes the logits' place). Those of
-// the base's parameters accumulate, a DeltaW's and a gate's are written, once in a pass. A function writes its
-// first arguments, reads the next ones, takes sizes last.
+// the base's parameters accumulate; a DeltaW's and a gate's are written, once in a pass. A function writes
+// its first arguments, reads the next ones, takes sizes last.
 
 #ifndef PROGRAM             // dev/evaluate.c includes this file, and has a name and a main of its own
 #define PROGRAM "train_rigsa"
