@@ -201,7 +201,8 @@ def main():
     folder = parser.parse_args().folder
     if folder.endswith(".csv"):
         return print_runs(read_rows(folder))
-    rows = [row for row in read_rows(os.path.join(folder, "compare.csv")) if not row.get("round")]  # last passes
+    rows = read_rows(os.path.join(folder, "compare.csv"))
+    rows = [row for row in rows if not row.get("round")]  # last passes, and the base
     if rows:
         folders = middle_runs(rows, folder)
         rigsa = sorted(glob.glob(os.path.join(folder, "rigsa_*_0.003_*", "")))
