@@ -3,19 +3,23 @@ Draws what dev/compare.py found, each figure as PNG and SVG.
 
     python dev/plot.py out_compare                 trade-off, table, rounds and loss curves, into out_compare
     python dev/plot.py out                         of a single run of ./train_rigsa: rounds and loss curve
-    python dev/plot.py doc/real.csv                its rows as a table, on the screen
+    python dev/plot.py doc/real.csv                the table on the screen, trade-off into doc/real_tradeoff_*
+    python dev/plot.py doc/real_test.csv           of a test.csv the table alone
 
 tradeoff   the new task against what is left of the old ones, a curve per method over its learning rates. The old ones count
            as the mean over their evaluation sets of score / score of the base, or loss of the base / loss. Points are means
-           over seeds, bars their standard deviations. Better is up, and to the right. RIGSA and LT-SFT, which have passes before the last, are in both figures.
-table.md   the same as numbers
+           over seeds, bars their standard deviations. Better is up, and to the right. RIGSA and LT-SFT, which have passes before
+           the last, are in both figures.
+table.md   the same as numbers: means over seeds, ± half of the 95 % interval, or of one seed the standard error
 rounds     RIGSA round by round: shares that are right and losses, each with its own axis, density, kept share
 loss       the loss of the last pass of every method at its middle learning rate, smoothed
 
-Which evaluation sets are losses, nats a token, where lower is better, is read from their files.
+Which evaluation sets are losses, nats a token, where lower is better, is read from their files; where there is
+only a CSV, what goes above 1 is one. Of a run that was made twice the later row counts.
 """
 import argparse
 import glob
+import itertools
 import os
 import re
 
@@ -30,6 +34,7 @@ from compare import read_rows  # noqa: E402
 from run_files import Run, smoothed  # noqa: E402
 
 STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okabe and Ito, which everybody can tell apart
+    "base": ("base",), "base nf4": ("base, rounded to NF4",),  # in tables only
     "rigsa": ("RIGSA", "#000000", "o"), "gated random": ("random mask, gated", "#56B4E9", "o"),
     "random": ("random mask", "#0072B2", "s"), "ltsft": ("LT-SFT", "#009E73", "^"), "rosa": ("RoSA", "#CC79A7", "D"),
     "lora": ("LoRA", "#E69F00", "v"), "qlora": ("QLoRA", "#D55E00", "v"), "lora16": ("LoRA, rank 16", "#F0C000", "<"),
@@ -39,6 +44,9 @@ STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okab
     "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#882255", "x"),
 }
 POINTS = 400  # of a loss curve that are drawn
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t, by number of seeds: half of a 95 % interval in standard errors
+COSTS = (("examples", "examples of the pass", 1, ".0f"), ("values", "millions trained", 1e6, ".1f"), ("seconds", "minutes", 60, ".0f"),
+         ("memory", "GB", 1e3, ".1f"))  # column, heading, unit, format: where the CSV has them
 NATS = "nats a token, lower is better"
 
 
@@ -64,8 +72,8 @@ def by_rate(rows, method, budget):
     found = {}
     for row in rows:
         if row["method"] == method and row["budget"] in (budget, "both"):
-            found.setdefault(float(row["lr"]), []).append(row)
-    return dict(sorted(found.items()))
+            found.setdefault(float(row["lr"]), {})[row["seed"]] = row
+    return {lr: list(seeds.values()) for lr, seeds in sorted(found.items())}
 
 
 def mean_and_spread(values):
@@ -79,23 +87,28 @@ def kept(row, base, name, is_loss):
     return 1 / share if is_loss(name) else share
 
 
-def draw_tradeoff(rows, sets, is_loss, folder):
+def mean_kept(row, rows, source, is_loss):
+    """The mean of it over the old tasks, `source`; the base is the first of `rows` that is one."""
+    base = next(row for row in rows if row["method"] == "base")
+    return np.mean([kept(row, base, name, is_loss) for name in source])
+
+
+def draw_tradeoff(rows, sets, is_loss, folder, name="tradeoff"):
     """A figure per budget: everything, and beside it the corner where much is read and little forgotten."""
     target, source = sets[0], sets[1:]
-    base = next(row for row in rows if row["method"] == "base")
     better = -1 if is_loss(target) else 1
     for budget in sorted({row["budget"] for row in rows} - {"", "both"}):
         figure, both = axes(11, 4.5, ncols=2)
         found = []
-        for method, (label, colour, marker) in STYLE.items():
-            points = [mean_and_spread([(np.mean([kept(row, base, name, is_loss) for name in source]), float(row[target]))
-                                       for row in seeds]) for seeds in by_rate(rows, method, budget).values()]
+        for method, (label, *how) in STYLE.items():
+            points = [mean_and_spread([(mean_kept(row, rows, source, is_loss), float(row[target])) for row in seeds])
+                      for seeds in by_rate(rows, method, budget).values()]
             if not points:
                 continue
             mean, spread = np.array(points).transpose(1, 2, 0)
             found.append(mean)
             for axis in both:
-                axis.errorbar(*mean, xerr=spread[0], yerr=spread[1], label=label, color=colour, marker=marker,
+                axis.errorbar(*mean, xerr=spread[0], yerr=spread[1], label=label, color=how[0], marker=how[1],
                               markersize=5, linewidth=1.2, elinewidth=0.7, capsize=2)
         for axis in both:
             axis.axvline(1, color="#888888", linewidth=0.7, linestyle=":")
@@ -109,33 +122,45 @@ def draw_tradeoff(rows, sets, is_loss, folder):
         else:
             both[1].remove()
         figure.axes[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
-        save(figure, folder, f"tradeoff_{budget}")
+        save(figure, folder, f"{name}_{budget}")
+
+
+def with_error(seeds, name):
+    """The mean of a score over a run's seeds, and how sure it is."""
+    mean, spread = mean_and_spread([float(row[name]) for row in seeds])
+    n, of_one = len(seeds), seeds[0].get(f"{name}_error", "nan")
+    return f"{mean:.3f} ± {float(of_one) if n == 1 else STUDENT[n] * spread / n ** 0.5:.3f}"
+
+
+def table(rows, sets, source, is_loss):
+    """
+    Lines of Markdown: one per method, budget and learning rate, the budgets one below the other. `source`: the old tasks, of
+    which a share is kept; none, and there is no such column.
+    """
+    costs = [cost for cost in COSTS if cost[0] in rows[0]]
+    heads = ["method", "budget", "lr", "seeds", "density", *(heading for _, heading, _, _ in costs),
+             *(f"{name}, nats" if is_loss(name) else name for name in sets), *(["kept"] if source else [])]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for budget, (method, (label, *_)) in itertools.product(("", "both", "last", "total"), STYLE.items()):
+        for lr, seeds in by_rate([row for row in rows if row["budget"] == budget], method, budget).items():
+            def mean(column):
+                return np.mean([float(row[column] or "nan") for row in seeds])
+            cells = [label, budget, f"{lr:g}", f"{len(seeds)}", f"{mean('density'):.3f}",
+                     *(f"{mean(column) / unit:{form}}" for column, _, unit, form in costs),
+                     *(with_error(seeds, name) for name in sets)]
+            if source:
+                cells.append(f"{np.mean([mean_kept(row, rows, source, is_loss) for row in seeds]):.3f}")
+            line = re.sub(r"( ± )?nan", "", "| " + " | ".join(cells) + " |")
+            lines.append(re.sub(r"\b0\.", ".", line))
+    return lines
 
 
 def write_table(rows, sets, is_loss, folder):
-    """table.md: mean and standard deviation over the seeds, the budgets one below the other."""
-    heads = [f"{name}, nats" if is_loss(name) else name for name in sets]
-    lines = ["| method | budget | lr | density | " + " | ".join(heads) + " |", "|" + "---|" * (4 + len(sets))]
-    for budget in ("", "both", "last", "total"):
-        for method in ("base", *STYLE):
-            for lr, seeds in by_rate([row for row in rows if row["budget"] == budget], method, budget).items():
-                mean, spread = mean_and_spread([[float(row[name]) for name in ("density", *sets)] for row in seeds])
-                cells = [f"{mean[0]:.3f}"] + [f"{m:.3f} ±{s:.3f}" for m, s in zip(mean[1:], spread[1:])]
-                lines.append(f"| {method} | {budget} | {lr:g} | " + " | ".join(cells).replace("0.", ".") + " |")
+    """table.md."""
     path = os.path.join(folder, "table.md")
-    with open(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(table(rows, sets, sets[1:], is_loss)) + "\n")
     print(path)
-
-
-def print_runs(rows):
-    """A table with a line per row, as it is: scores ± standard error, nothing where there is none."""
-    sets = [name.removesuffix("_error") for name in rows[0] if name.endswith("_error")]
-    columns = ["method", "round", "lr", "examples", "losses", "values", "flipped", "seconds", "memory"]
-    print("| " + " | ".join(columns + sets) + " |\n|" + "---|" * (len(columns) + len(sets)))
-    for row in rows:
-        scores = [f"{float(row[name]):.3f} ±{float(row[f'{name}_error']):.3f}" if row[name] else "" for name in sets]
-        print("| " + " | ".join([row[name] for name in columns] + [re.sub(r"\b0\.", ".", cell) for cell in scores]) + " |")
 
 
 def draw_rounds(run, folder):
@@ -185,13 +210,34 @@ def draw_losses(folders, folder):
 def middle_runs(rows, folder):
     """For each method the run of its first seed and a middle learning rate: a dict as draw_losses takes it."""
     found = {}
-    for method, (label, colour, _) in STYLE.items():
-        mine = sorted((int(row["seed"]), row["budget"], float(row["lr"])) for row in rows if row["method"] == method)
+    for method, (label, *how) in STYLE.items():
+        mine = sorted((int(row["seed"]), row["budget"], float(row["lr"])) for row in rows if row["method"] == method and how)
         same = [run for run in mine if run[:2] == mine[0][:2]]
         if same:
             seed, budget, lr = same[len(same) // 2]
-            found[label] = os.path.join(folder, f"{method}_{budget}_{lr:g}_{seed}".replace(" ", "_")), colour
+            found[label] = os.path.join(folder, f"{method}_{budget}_{lr:g}_{seed}".replace(" ", "_")), how[0]
     return found
+
+
+def last_passes(path):
+    """Of a CSV of dev/compare.py: the rows of last passes and of the base, and the names of their scores."""
+    rows = [row for row in read_rows(path) if not row.get("round")]
+    columns = list(rows[0]) if rows else ["density"]
+    scores = columns[columns.index("density") + 1:]
+    return rows, [name for name in scores if not name.endswith("_error")]
+
+
+def show(path):
+    """A CSV without the runs that it is about: its table on the screen, its trade-off beside it."""
+    rows, sets = last_passes(path)
+    if not rows:
+        raise ValueError(f"{path}: no rows of dev/compare.py in it")
+    losses = {name for name in sets if max(float(row[name]) for row in rows) > 1}
+    of_runs = "share" in rows[0]  # a test.csv also scores the new task in other ways
+    print("\n".join(table(rows, sets, sets[1:] if of_runs else [], losses.__contains__)))
+    if of_runs:
+        folder, name = os.path.split(path.removesuffix(".csv"))
+        draw_tradeoff(rows, sets, losses.__contains__, folder, f"{name}_tradeoff")
 
 
 @command.line
@@ -200,14 +246,12 @@ def main():
     parser.add_argument("folder", help="of dev/compare.py, or of a run; or a CSV of dev/compare.py alone")
     folder = parser.parse_args().folder
     if folder.endswith(".csv"):
-        return print_runs(read_rows(folder))
-    rows = read_rows(os.path.join(folder, "compare.csv"))
-    rows = [row for row in rows if not row.get("round")]  # last passes, and the base
+        return show(folder)
+    rows, sets = last_passes(os.path.join(folder, "compare.csv"))
     if rows:
         folders = middle_runs(rows, folder)
         rigsa = sorted(glob.glob(os.path.join(folder, "rigsa_*_0.003_*", "")))
         run = Run(rigsa[0] if rigsa else next(iter(folders.values()))[0])
-        sets = [name for name in list(rows[0])[list(rows[0]).index("density") + 1:] if not name.endswith("_error")]
         draw_tradeoff(rows, sets, run.is_loss, folder)
         write_table(rows, sets, run.is_loss, folder)
         if rigsa:

@@ -515,6 +515,25 @@ class Path(WithModel):
         self.assertEqual(plot.kept({"own": "2"}, {"own": "1"}, "own", run.is_loss), 2)
         self.assertEqual(plot.kept({"harbour": "2"}, {"harbour": "1"}, "harbour", run.is_loss), 0.5)
 
+    def test_table(self):
+        """Of a CSV alone: means over seeds with their interval; a seed that was run again counts once."""
+        rows = ["method,round,budget,share,lr,seed,examples,values,seconds,memory,density,digits,digits_error,own,own_error",
+                "base,,,1,0,0,,,,,0,0,0,1.1,0.1", "rigsa,1,both,1,0.003,1,8,3e6,1,1,1,0,0,9,9",
+                "lora,,last,1,0.01,1,8,2e6,60,1000,0.04,0.25,0.03,2.2,0.1"]
+        for seed, digits, own in (1, 0.1, 1), (2, 0.5, 2), (3, 0.7, 2), (1, 0.6, 2):
+            rows.append(f"rigsa,,both,1,0.003,{seed},8,3e6,120,2000,0.04,{digits},0.01,{own},0.1")
+        path = self.write("real.csv", "\n".join(rows) + "\n")
+        with mock.patch("plot.save") as save:
+            status, out, error = script(plot, path)
+        self.assertEqual((status, error), (0, ""))
+        self.assertEqual([call.args[2] for call in save.call_args_list], ["real_tradeoff_last"])
+        self.assertEqual(out.splitlines()[2:], [
+            "| base |  | 0 | 1 | .000 |  |  |  |  | .000 ± .000 | 1.100 ± .100 | 1.000 |",
+            "| RIGSA | both | .003 | 3 | .040 | 8 | 3.0 | 2 | 2.0 | .600 ± .248 | 2.000 ± .000 | .550 |",
+            "| LoRA | last | .01 | 1 | .040 | 8 | 2.0 | 1 | 1.0 | .250 ± .030 | 2.200 ± .100 | .500 |"])
+        status, _, error = script(plot, self.write("empty.csv", ""))
+        self.assertEqual((status, error), (1, f"plot.py: {self.path('empty.csv')}: no rows of dev/compare.py in it\n"))
+
     def test_pruning(self):
         """Shares of every matrix in every round, where the run has written them."""
         self.train()
