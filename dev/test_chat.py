@@ -518,10 +518,11 @@ class Path(WithModel):
     def test_table(self):
         """Of a CSV alone: means over seeds with their interval; a seed that was run again counts once."""
         rows = ["method,round,budget,share,lr,seed,examples,values,seconds,memory,density,digits,digits_error,own,own_error",
-                "base,,,1,0,0,,,,,0,0,0,1.1,0.1", "rigsa,1,both,1,0.003,1,8,3e6,1,1,1,0,0,9,9",
+                "base,,,1,0,0,,,,,0,0,0,1.1,0.1",
                 "lora,,last,1,0.01,1,8,2e6,60,1000,0.04,0.25,0.03,2.2,0.1"]
         for seed, digits, own in (1, 0.1, 1), (2, 0.5, 2), (3, 0.7, 2), (1, 0.6, 2):
             rows.append(f"rigsa,,both,1,0.003,{seed},8,3e6,120,2000,0.04,{digits},0.01,{own},0.1")
+        rows.append("rigsa,1,both,1,0.003,1,8,3e6,1,1,1,0,0,9,9")  # a round, no last pass
         path = self.write("real.csv", "\n".join(rows) + "\n")
         with mock.patch("plot.save") as save:
             status, out, error = script(plot, path)
