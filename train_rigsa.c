@@ -2606,9 +2606,9 @@ static char *parse_options(int argc, char **argv) {
 // second one for dx, and for dW a share of a third.
 static struct {
     double start, saved, shown;             // seconds: of the start, the last save, the last line of progress
-    double work, done;                      // of the whole run, and so far
+    double work, done, scoring;             // of the whole run, so far, and of an evaluation of all sets
     double share;                           // of the training tokens that have a row of their own
-    double began, loss;                     // of this pass, or of what is left of it
+    double began, loss, trained;            // this pass, from the end of its first, slow update on
     size_t tokens;
     int terminal, forecast;
 } pace;
@@ -2639,15 +2639,22 @@ static int heading_width(const char *column) {
 
 static void clear_line(void) { if (pace.terminal) printf("\r\033[K"); }
 
+// Seconds that are left, if updates go on as in this pass, and evaluations take as long as the base's.
+static double time_left(const Run *run, double now) {
+    double left = fmax(0, pace.work - pace.done), evals = (double)(run->passes + 1 - run->rows);
+    if (!pace.tokens) return (now - pace.start) * left / pace.done;
+    return evals * run->row->seconds + (left - evals * pace.scoring) * (now - pace.began) / pace.trained;
+}
+
 // The line at the bottom of a terminal, five times a second at most; a pipe does not see it.
-static void progress(const char *what, double part) {
-    double now = seconds(), left = (now - pace.start) * fmax(0, pace.work - pace.done) / pace.done;
+static void progress(const Run *run, const char *what, double part) {
+    double now = seconds();
     if (!pace.terminal || now - pace.shown < 0.2) return;
     pace.shown = now;
     printf("\r\033[K  %-8.*s %3.0f %%", heading_width(what), what, 100 * part);
     if (pace.tokens)
         printf("   loss %.4f   %.0f tokens/s", pace.loss, (double)pace.tokens / (now - pace.began));
-    printf("   %s left", duration(left));
+    printf("   %s left", duration(time_left(run, now)));
     fflush(stdout);
 }
 
@@ -2912,37 +2919,37 @@ static double training_work(size_t tokens, double density) {
 }
 
 static void after_update(Run *run, size_t pass, size_t t, size_t tokens) {
-    double loss = run->loss[run->updates - 1], now;
-    pace.loss = pace.tokens ? 0.95 * pace.loss + 0.05 * loss : loss;
-    pace.tokens += tokens;
-    step_done(training_work(tokens, trained_density(&run->model)));
-    if (!pace.forecast && (now = seconds()) - pace.began > 2) {
+    double loss = run->loss[run->updates - 1], now = seconds();
+    double work = training_work(tokens, trained_density(&run->model));
+    pace.loss = pace.began > 0 ? 0.95 * pace.loss + 0.05 * loss : loss;
+    if (pace.began > 0) pace.tokens += tokens, pace.trained += work;
+    else pace.began = now;
+    step_done(work);
+    if (!pace.forecast && pace.tokens && now - pace.began > 2) {
         clear_line();
         printf("forecast: %s for the whole run, at %.0f tokens/s\n",
-               duration((now - pace.start) * pace.work / pace.done),
-               (double)pace.tokens / (now - pace.began));
+               duration(now - pace.start + time_left(run, now)), (double)pace.tokens / (now - pace.began));
         pace.forecast = 1;
     }
     save_if_due(run);
-    progress(label(run, pass), (double)t / (double)pass_updates(run, pass));
+    progress(run, label(run, pass), (double)t / (double)pass_updates(run, pass));
 }
 
 static void after_scores(Run *run, const Data *data, size_t done, size_t tokens) {
     step_done((double)tokens);
     stop_if_asked(run);
-    progress(data->column, (double)done / (double)data->examples);
+    progress(run, data->column, (double)done / (double)data->examples);
 }
 
 // Evaluates the model as it is and adds the row to the table.
 static Row *add_row(Run *run) {
     Row *row = &run->row[run->rows];
     *row = (Row){ trained_density(&run->model), NAN, NAN, 0 };
-    pace.tokens = 0;
+    pace.began = pace.trained = (double)(pace.tokens = 0);
     for (size_t i = 0; i < run->evals; i++)
         run->score[run->rows * run->evals + i] = ranks.evaluate(run, &run->eval[i]);
     clear_line();
-    pace.began = seconds();
-    row->seconds = pace.began - pace.start;
+    row->seconds = seconds() - pace.start;
     run->rows++;
     return row;
 }
@@ -3047,7 +3054,8 @@ static void count_work(Run *run) {
     }
     pace.share = tokens ? (double)rows / (double)tokens : 1;
     for (const Data *eval = run->eval; eval < run->eval + run->evals; eval++)
-        pace.work += (double)(run->passes + 1) * (double)eval->tokens;
+        pace.scoring += (double)eval->tokens;
+    pace.work = (double)(run->passes + 1) * pace.scoring;
     for (size_t p = 1; p <= run->passes; p++, density *= 0.9 * opt.keep)            // a tenth flips, or so
         pace.work += training_work((size_t)(length * (double)pass_examples(run, p)), density);
     printf("work     %zu passes and %zu evaluations, %.3g TFLOP, on %d threads", run->passes, run->passes + 1,
@@ -3130,7 +3138,7 @@ static void begin_training(Run *run) {
     if (opt.resume) file = file_open(state, "stat"), state_load(run, &file);
     else start_folder(run);
     must_write(output_path("settings.txt", path), text_save(run, "settings.txt", write_settings));
-    pace.saved = pace.began = seconds();
+    pace.saved = seconds();
     print_table(run);
     int begun = run->rows > 0;
     if (opt.resume)

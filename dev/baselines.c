@@ -602,7 +602,7 @@ static void rosa_mask(Run *run) {
         update(run, 1, done + 1, run->order + done * batch, batch);
         run->warm++;
         save_if_due(run);
-        progress("mask", (double)run->warm / (double)steps);
+        progress(run, "mask", (double)run->warm / (double)steps);
     }
     squares = floats(adapted_weights(model));
     model->adapter = SQUARES;

@@ -290,7 +290,7 @@ static Score evaluate_generation(Run *run, const Generation *g, const Details *d
     for (size_t done = 0; done < data->examples; ) {
         done += generate(run, &batch, slot, &next, g, text, details);
         pace.done += (double)batch.all.n;
-        progress(data->column, (double)done / (double)data->examples);
+        progress(run, data->column, (double)done / (double)data->examples);
     }
     free(batch.key_place);
     free(token);
