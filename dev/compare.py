@@ -88,10 +88,10 @@ NANO = Table(12800, 48000, 16, 7 / 3, "fp32", methods(
 # doc/real.md has what these were chosen from. At .003 the ticket keeps .048 of the entries: few signs flip.
 REAL = Table(1200, 1600, 8, 2 / 3, "bf16", methods(
     0.048, rigsa=RIGSA[1:], gated=(1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2), masks=(3e-4, 1e-3, 3e-3),
-    lora=(1e-4, 3e-4, 1e-3), low=LOW[:3],
+    lora=LOW[1:], low=LOW[:3],
     redraw=(RIGSA[1:], ["--method", "rigsa", "--keep", 0.8, "--survivors", "redraw"]),
-    **{f"qlora{rank}": ((1e-4, 3e-4, 1e-3), ["--method", "lora", "--base-type", "nf4", "--rank", rank])
-       for rank in (16, 64, 256)}))
+    **{f"qlora{rank}": (rates, ["--method", "lora", "--base-type", "nf4", "--rank", rank])
+       for rank, rates in ((16, LOW[1:]), (64, LOW[1:]), (256, LOW[:3]))}))
 SEVERAL_PASSES = ("rigsa", "redraw", "ltsft")
 
 
