@@ -2914,13 +2914,14 @@ static void step_done(double work) {
     printf("threads: %d are the fastest now\n", omp_get_max_threads());
 }
 
-static double training_work(size_t tokens, double density) {
-    return pace.share * (double)tokens * (2 + (isnan(density) ? 1 : density));
+// A single pass has one density, whatever it is; of several the first is dense.
+static double training_work(const Run *run, size_t tokens, double density) {
+    return pace.share * (double)tokens * (2 + (run->passes > 1 ? density : 1));
 }
 
 static void after_update(Run *run, size_t pass, size_t t, size_t tokens) {
     double loss = run->loss[run->updates - 1], now = seconds();
-    double work = training_work(tokens, trained_density(&run->model));
+    double work = training_work(run, tokens, trained_density(&run->model));
     pace.loss = pace.began > 0 ? 0.95 * pace.loss + 0.05 * loss : loss;
     if (pace.began > 0) pace.tokens += tokens, pace.trained += work;
     else pace.began = now;
@@ -3057,7 +3058,7 @@ static void count_work(Run *run) {
         pace.scoring += (double)eval->tokens;
     pace.work = (double)(run->passes + 1) * pace.scoring;
     for (size_t p = 1; p <= run->passes; p++, density *= 0.9 * opt.keep)            // a tenth flips, or so
-        pace.work += training_work((size_t)(length * (double)pass_examples(run, p)), density);
+        pace.work += training_work(run, (size_t)(length * (double)pass_examples(run, p)), density);
     printf("work     %zu passes and %zu evaluations, %.3g TFLOP, on %d threads", run->passes, run->passes + 1,
            2e-12 * pace.work * (double)adapted_weights(&run->model), omp_get_max_threads());
     if (pace.share < 1) printf("; prompts begin alike: %.0f %% of the tokens are computed", 100 * pace.share);

@@ -94,7 +94,10 @@ def mean_kept(row, rows, source, is_loss):
 
 
 def draw_tradeoff(rows, sets, is_loss, folder, name="tradeoff"):
-    """A figure per budget: everything, and beside it the corner where much is read and little forgotten."""
+    """
+    A figure per budget: everything, and beside it the corner where much is read and little forgotten, if more than one method
+    gets there.
+    """
     target, source = sets[0], sets[1:]
     better = -1 if is_loss(target) else 1
     for budget in sorted({row["budget"] for row in rows} - {"", "both"}):
@@ -115,9 +118,8 @@ def draw_tradeoff(rows, sets, is_loss, folder, name="tradeoff"):
             axis.set_xlabel(f"kept of {', '.join(source)} (share of the base)")
         both[0].set_ylabel(f"{target}, {NATS if is_loss(target) else 'share read'}")
         both[0].yaxis.set_inverted(is_loss(target))
-        share, read = np.hstack(found)
-        best = max(better * read)
-        if any((share > 0.89) & (better * read > best - 0.22)):
+        best = max(better * np.hstack(found)[1])
+        if sum(any((share > 0.89) & (better * read > best - 0.22)) for share, read in found) > 1:
             both[1].set(xlim=(0.89, 1.01), ylim=(better * (best - 0.22), better * (best + 0.02)))
         else:
             both[1].remove()
