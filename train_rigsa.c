@@ -2926,7 +2926,7 @@ static void after_update(Run *run, size_t pass, size_t t, size_t tokens) {
     if (pace.began > 0) pace.tokens += tokens, pace.trained += work;
     else pace.began = now;
     step_done(work);
-    if (!pace.forecast && pace.tokens && now - pace.began > 2) {
+    if (!pace.forecast && pace.tokens && now - pace.began > fmin(30, 2 + 0.01 * time_left(run, now))) {
         clear_line();
         printf("forecast: %s for the whole run, at %.0f tokens/s\n",
                duration(now - pace.start + time_left(run, now)), (double)pace.tokens / (now - pace.began));
