@@ -45,7 +45,8 @@ STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okab
     "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#882255", "x"),
 }
 POINTS = 400  # of a loss curve that are drawn
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # t, by number of seeds: half of a 95 % interval in standard errors
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t by number of
+MANY_SEEDS = 2.23  # seeds, half of a 95 % interval in standard errors; beyond the table a little wide
 COSTS = (("examples", "examples of the pass", 1, ".0f"), ("values", "millions trained", 1e6, ".1f"), ("seconds", "minutes", 60, ".0f"),
          ("memory", "GB", 1e3, ".1f"))  # column, heading, unit, format: where the CSV has them
 NATS = "nats a token, lower is better"
@@ -132,7 +133,8 @@ def with_error(seeds, name):
     """The mean of a score over a run's seeds, and how sure it is."""
     mean, spread = mean_and_spread([float(row[name]) for row in seeds])
     n, of_one = len(seeds), seeds[0].get(f"{name}_error", "nan")
-    return f"{mean:.3f} ± {float(of_one) if n == 1 else STUDENT[n] * spread / n ** 0.5:.3f}"
+    error = float(of_one) if n == 1 else STUDENT.get(n, MANY_SEEDS) * spread / n ** 0.5
+    return f"{mean:.3f} ± {error:.3f}"
 
 
 def table(rows, sets, source, is_loss):
