@@ -48,8 +48,8 @@ STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okab
 POINTS = 400  # of a loss curve that are drawn
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t by number of
 MANY_SEEDS = 2.23  # seeds, half of a 95 % interval in standard errors; beyond the table a little wide
-COSTS = (("examples", "examples of the pass", 1, ".0f"), ("values", "millions trained", 1e6, ".1f"), ("seconds", "minutes", 60, ".0f"),
-         ("memory", "GB", 1e3, ".1f"))  # column, heading, unit, format: where the CSV has them
+COSTS = (("examples", "examples of the pass", 1, ".0f"), ("values", "millions trained", 1e6, ".1f"),
+         ("seconds", "minutes", 60, ".0f"), ("memory", "GB", 1e3, ".1f"))  # column, heading, unit, format: where a CSV has it
 NATS = "nats a token, lower is better"
 
 
