@@ -745,4 +745,5 @@ def run_tests(tests, fixture, description, long):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it is ignored, and so in the runs
     run_tests(TESTS, Runs, __doc__, "as many repetitions as doc/reliability.md speaks of")
