@@ -2608,7 +2608,7 @@ static struct {
     double start, saved, shown;             // seconds: of the start, the last save, the last line of progress
     double work, done, scoring;             // of the whole run, so far, and of an evaluation of all sets
     double share;                           // of the training tokens that have a row of their own
-    double began, loss, trained;            // this pass, from the end of its first, slow update on
+    double began, loss;                     // this pass, from the end of its first, slow update on
     size_t tokens;
     int terminal, forecast;
 } pace;
@@ -2639,15 +2639,21 @@ static int heading_width(const char *column) {
 
 static void clear_line(void) { if (pace.terminal) printf("\r\033[K"); }
 
+// A single pass has one density, whatever it is; of several the first is dense.
+static double training_work(const Run *run, size_t tokens, double density) {
+    return pace.share * (double)tokens * (2 + (run->passes > 1 ? density : 1));
+}
+
 // Seconds that are left, if updates go on as in this pass, and evaluations take as long as the base's.
-static double time_left(const Run *run, double now) {
+static double time_left(Run *run, double now) {
     double left = fmax(0, pace.work - pace.done), evals = (double)(run->passes + 1 - run->rows);
     if (!pace.tokens) return (now - pace.start) * left / pace.done;
-    return evals * run->row->seconds + (left - evals * pace.scoring) * (now - pace.began) / pace.trained;
+    double trained = training_work(run, pace.tokens, trained_density(&run->model));
+    return evals * run->row->seconds + (left - evals * pace.scoring) * (now - pace.began) / trained;
 }
 
 // The line at the bottom of a terminal, five times a second at most; a pipe does not see it.
-static void progress(const Run *run, const char *what, double part) {
+static void progress(Run *run, const char *what, double part) {
     double now = seconds();
     if (!pace.terminal || now - pace.shown < 0.2) return;
     pace.shown = now;
@@ -2914,18 +2920,12 @@ static void step_done(double work) {
     printf("threads: %d are the fastest now\n", omp_get_max_threads());
 }
 
-// A single pass has one density, whatever it is; of several the first is dense.
-static double training_work(const Run *run, size_t tokens, double density) {
-    return pace.share * (double)tokens * (2 + (run->passes > 1 ? density : 1));
-}
-
 static void after_update(Run *run, size_t pass, size_t t, size_t tokens) {
     double loss = run->loss[run->updates - 1], now = seconds();
-    double work = training_work(run, tokens, trained_density(&run->model));
     pace.loss = pace.began > 0 ? 0.95 * pace.loss + 0.05 * loss : loss;
-    if (pace.began > 0) pace.tokens += tokens, pace.trained += work;
+    if (pace.began > 0) pace.tokens += tokens;
     else pace.began = now;
-    step_done(work);
+    step_done(training_work(run, tokens, trained_density(&run->model)));
     if (!pace.forecast && pace.tokens && now - pace.began > fmin(30, 2 + 0.01 * time_left(run, now))) {
         clear_line();
         printf("forecast: %s for the whole run, at %.0f tokens/s\n",
@@ -2946,7 +2946,7 @@ static void after_scores(Run *run, const Data *data, size_t done, size_t tokens)
 static Row *add_row(Run *run) {
     Row *row = &run->row[run->rows];
     *row = (Row){ trained_density(&run->model), NAN, NAN, 0 };
-    pace.began = pace.trained = (double)(pace.tokens = 0);
+    pace.began = 0, pace.tokens = 0;
     for (size_t i = 0; i < run->evals; i++)
         run->score[run->rows * run->evals + i] = ranks.evaluate(run, &run->eval[i]);
     clear_line();

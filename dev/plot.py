@@ -35,7 +35,6 @@ from compare import read_rows  # noqa: E402
 from run_files import Run, smoothed  # noqa: E402
 
 STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okabe and Ito, which everybody can tell apart
-    "base": ("base",), "base nf4": ("base, rounded to NF4",),  # in tables only
     "rigsa": ("RIGSA", "#000000", "o"), "gated random": ("random mask, gated", "#56B4E9", "o"),
     "random": ("random mask", "#0072B2", "s"), "ltsft": ("LT-SFT", "#009E73", "^"), "rosa": ("RoSA", "#CC79A7", "D"),
     "lora": ("LoRA", "#E69F00", "v"), "qlora": ("QLoRA", "#D55E00", "v"), "lora16": ("LoRA, rank 16", "#F0C000", "<"),
@@ -45,6 +44,7 @@ STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okab
     "fresh start": ("the same, fresh start", "#777777", "*"), "shuffled mask": ("the same, mask shuffled", "#BBBBBB", "*"),
     "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#882255", "x"),
 }
+BASES = {"base": "base", "base nf4": "base, rounded to NF4"}  # in tables only
 POINTS = 400  # of a loss curve that are drawn
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t by number of
 MANY_SEEDS = 2.23  # seeds, half of a 95 % interval in standard errors; beyond the table a little wide
@@ -106,7 +106,7 @@ def draw_tradeoff(rows, sets, is_loss, folder, name="tradeoff"):
     for budget in sorted({row["budget"] for row in rows} - {"", "both"}):
         figure, both = axes(11, 4.5, ncols=2)
         found = []
-        for method, (label, *how) in STYLE.items():
+        for method, (label, colour, marker) in STYLE.items():
             points = [mean_and_spread([(mean_kept(row, rows, source, is_loss), float(row[target])) for row in seeds])
                       for seeds in by_rate(rows, method, budget).values()]
             if not points:
@@ -114,7 +114,7 @@ def draw_tradeoff(rows, sets, is_loss, folder, name="tradeoff"):
             mean, spread = np.array(points).transpose(1, 2, 0)
             found.append(mean)
             for axis in both:
-                axis.errorbar(*mean, xerr=spread[0], yerr=spread[1], label=label, color=how[0], marker=how[1],
+                axis.errorbar(*mean, xerr=spread[0], yerr=spread[1], label=label, color=colour, marker=marker,
                               markersize=5, linewidth=1.2, elinewidth=0.7, capsize=2)
         for axis in both:
             axis.axvline(1, color="#888888", linewidth=0.7, linestyle=":")
@@ -147,7 +147,8 @@ def table(rows, sets, source, is_loss):
     heads = ["method", "budget", "lr", "seeds", "density", *(heading for _, heading, _, _ in costs),
              *(f"{name}, nats" if is_loss(name) else name for name in sets), *(["kept"] if source else [])]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for budget, (method, (label, *_)) in itertools.product(("", "both", "last", "total"), STYLE.items()):
+    labels = BASES | {method: label for method, (label, _, _) in STYLE.items()}
+    for budget, (method, label) in itertools.product(("", "both", "last", "total"), labels.items()):
         for lr, seeds in by_rate([row for row in rows if row["budget"] == budget], method, budget).items():
             def mean(column):
                 return np.mean([float(row[column] or "nan") for row in seeds])
@@ -216,12 +217,12 @@ def draw_losses(folders, folder):
 def middle_runs(rows, folder):
     """For each method the run of its first seed and a middle learning rate: a dict as draw_losses takes it."""
     found = {}
-    for method, (label, *how) in STYLE.items():
-        mine = sorted((int(row["seed"]), row["budget"], float(row["lr"])) for row in rows if row["method"] == method and how)
+    for method, (label, colour, _) in STYLE.items():
+        mine = sorted((int(row["seed"]), row["budget"], float(row["lr"])) for row in rows if row["method"] == method)
         same = [run for run in mine if run[:2] == mine[0][:2]]
         if same:
             seed, budget, lr = same[len(same) // 2]
-            found[label] = os.path.join(folder, f"{method}_{budget}_{lr:g}_{seed}".replace(" ", "_")), how[0]
+            found[label] = os.path.join(folder, f"{method}_{budget}_{lr:g}_{seed}".replace(" ", "_")), colour
     return found
 
 

@@ -727,6 +727,7 @@ def run_tests(tests, fixture, description, long):
     What main does, here and in test_mpi.py: every test gets a `fixture` in a folder of its own, and whether
     --long, whose help is `long`, was given.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it is ignored, and so in the runs
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true", help=long)
     parser.add_argument("--only", default="", help="a word of the test's name")
@@ -745,5 +746,4 @@ def run_tests(tests, fixture, description, long):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it is ignored, and so in the runs
     run_tests(TESTS, Runs, __doc__, "as many repetitions as doc/reliability.md speaks of")
