@@ -1712,39 +1712,52 @@ static void whole_run(const void *argument) {
 }
 
 // A run of each method on files. The same seed gives the same ticket, to the bit, and another seed another
-// one.
+// one. --ticket-rate 2 is twice both rates, in the last pass alone.
 static void test_whole_runs(void) {
-    static const struct { const char *out, *seed, *method; } runs[] = {
-        { "first", "1", "rigsa" }, { "again", "1", "rigsa" }, { "other", "2", "rigsa" },
-        { "full", "1", "full" } };
-    uint64_t hash[3];
+    static const struct { const char *out, *seed, *rounds, *lr, *alpha_lr, *ticket_rate, *method; } runs[] = {
+        { "first", "1", "2", "0.002", "0.25", "1", "rigsa" },
+        { "again", "1", "2", "0.002", "0.25", "1", "rigsa" },
+        { "other", "2", "2", "0.002", "0.25", "1", "rigsa" },
+        { "twice", "1", "2", "0.002", "0.25", "2", "rigsa" },
+        { "alone", "1", "0", "0.002", "0.25", "2", "rigsa" },
+        { "rates", "1", "0", "0.004", "0.5", "1", "rigsa" },
+        { "full", "1", "2", "0.002", "0.25", "1", "full" } };
+    enum { TICKETS = COUNT_OF(runs) - 1 };
+    uint64_t hash[TICKETS];
+    size_t length[TICKETS];
     char *base = in_folder("base.bin"), *data = in_folder("data.bin"), *eval = in_folder("eval.bin");
-    char *ticket = NULL;
+    char *pruned[TICKETS], path[PATH_MAX];
     sample.run = rig_make(TINY, FEW, 1);
     sample_write("base", base);
     sample_write("data", eval);
     sample.metric = "exact";                            // wrong choices are not trained on
     sample_write("data", data);
     sample.metric = "acc";
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i <= TICKETS; i++) {
         const char *out = in_folder(runs[i].out);
         const char *argv[] = { "train_rigsa", "--base", base, "--data", data, "--eval", eval, "--out", out,
-            "--examples", "40", "--ticket-examples", "20", "--rounds", "2", "--batch", "3",
-            "--alpha-lr", "0.25",
+            "--examples", "40", "--ticket-examples", "20", "--batch", "3", "--rounds", runs[i].rounds,
+            "--lr", runs[i].lr, "--alpha-lr", runs[i].alpha_lr, "--ticket-rate", runs[i].ticket_rate,
             "--seed", runs[i].seed, "--method", runs[i].method, NULL };
         int status = child(whole_run, argv);
-        const char *line = i < 3 ? "\nticket " : "\nfull ";
+        const char *line = i < TICKETS ? "\nticket " : "\nfull ";
         record(status == 0 && strstr(said, line), "%s: exit status %d, said: %s", runs[i].out, status, said);
         check_dies("a folder that holds a run", whole_run, argv, "--overwrite");
-        if (i == 3) break;
-        ticket = strcat(strcpy(allocate(strlen(out) + 16, 1), out), "/ticket.bin");
-        ticket_load(&sample.run->model, ticket);
+        if (i == TICKETS) break;
+        snprintf(path, sizeof path, "%s/pruning.csv", out);
+        pruned[i] = whole_file(path, &length[i]);
+        snprintf(path, sizeof path, "%s/ticket.bin", out);
+        ticket_load(&sample.run->model, path);
         hash[i] = ticket_hash(&sample.run->model);
     }
-    const char *argv[] = { "", "--base", base, "--ticket", ticket, "--method", "eval", "--eval", eval, NULL };
+    const char *argv[] = { "", "--base", base, "--ticket", path, "--method", "eval", "--eval", eval, NULL };
     check("the ticket is evaluated", child(whole_run, argv) == 0);
     check_same("the same seed", &hash[1], &hash[0], sizeof *hash);
     check("another seed", hash[2] != hash[0]);
+    check("rounds do not have the ticket's rate",
+          length[3] == length[0] && !memcmp(pruned[3], pruned[0], length[0]));
+    check("the ticket has it", hash[3] != hash[0]);
+    check_same("--ticket-rate 2, beside twice the rates", &hash[4], &hash[5], sizeof *hash);
 }
 
 static int holds(const char *path, const char *text) {

@@ -1224,7 +1224,7 @@ enum { MAX_EVALS = 128 };
 typedef struct {
     char *base, *data, *evals[MAX_EVALS + 1], *out;
     size_t examples, ticket_examples, rounds, batch, micro, seed;
-    double lr, alpha_lr, sigma, weight_decay, keep, warmup, cooldown, save_every;
+    double lr, alpha_lr, ticket_rate, sigma, weight_decay, keep, warmup, cooldown, save_every;
     int survivors, threshold, recompute, resume, overwrite;
 } Options;
 
@@ -1355,9 +1355,11 @@ static double loss_and_gradient(Run *run, const uint32_t *example, size_t count)
     return loss / (double)answers;
 }
 
-// Update t of a pass, on `count` examples. Returns the loss.
+// Update t of a pass, on `count` examples. Returns the loss. The ticket's few entries bear larger steps than
+// the dense first round, and then forget less for what they learn (doc/real.md): its pass has its own rate.
 static double update(Run *run, size_t pass, size_t t, const uint32_t *example, size_t count) {
     float factor = schedule(t, pass_updates(run, pass), opt.warmup, opt.cooldown);
+    if (pass == run->passes) factor *= (float)opt.ticket_rate;
     double loss = batch_gradient(run, example, count);
     if (!isfinite(loss) || !model_update(&run->model, t, factor))
         die("%s, update %zu: the %s is not finite. %s. %s/state.bin is as it was saved before",
@@ -2433,6 +2435,7 @@ static const Option table[] = {
     { "recompute", FLAG, &opt.recompute, "no|yes", "no", "a third more work, far less memory" },
     { "lr", REAL, &opt.lr, "0 to 10", "0.003", "learning rate of DeltaW" },
     { "alpha-lr", REAL, &opt.alpha_lr, "0 to 10", "0.007", "learning rate of the gates" },
+    { "ticket-rate", REAL, &opt.ticket_rate, "0 to 1000", "1", "both, in the ticket's pass, times this" },
     { "warmup", REAL, &opt.warmup, "0 to 1", "0.05", "share of a pass over which these rates rise from 0" },
     { "cooldown", REAL, &opt.cooldown, "0 to 1", "1", "share, at its end, over which they fall back to 0" },
     { "sigma", REAL, &opt.sigma, "0 to 1e6", "0.06", "standard deviation of DeltaW's initial values" },
@@ -2590,8 +2593,9 @@ static char *parse_options(int argc, char **argv) {
         settings = settings_resume(&file);
         file_close(&file);
     }
-    if (opt.lr * opt.weight_decay >= 1)
-        die("--lr %g times --weight-decay %g is not below 1: one update would erase DeltaW", opt.lr,
+    double highest = opt.lr * fmax(1, opt.ticket_rate);
+    if (highest * opt.weight_decay >= 1)
+        die("A rate of %g times --weight-decay %g is not below 1: one update would erase DeltaW", highest,
             opt.weight_decay);
     if (opt.sigma == 0) die("--sigma 0 leaves no sign to compare with");
     return settings;

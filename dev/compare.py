@@ -89,10 +89,10 @@ NANO = Table(12800, 48000, 16, 7 / 3, "fp32", methods(
 REAL = Table(1200, 1600, 8, 2 / 3, "bf16", methods(
     0.048, rigsa=RIGSA[1:], gated=(1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2), masks=(3e-4, 1e-3, 3e-3),
     lora=LOW[1:], low=LOW[:3],
+    rigsa4=(RIGSA[1:], ["--method", "rigsa", "--ticket-rate", 4]),
     redraw=(RIGSA[1:], ["--method", "rigsa", "--keep", 0.8, "--survivors", "redraw"]),
     **{f"qlora{rank}": (rates, ["--method", "lora", "--base-type", "nf4", "--rank", rank])
        for rank, rates in ((16, LOW[1:]), (64, LOW[1:]), (256, LOW[:3]))}))
-SEVERAL_PASSES = ("rigsa", "redraw", "ltsft")
 
 
 def plan(args):
@@ -103,17 +103,17 @@ def plan(args):
     for seed in args.seeds:  # seed by seed: an interrupted comparison has all methods
         for method in args.methods:
             rates, options = table.methods[method]
-            budget = "both" if method in SEVERAL_PASSES else args.budget
+            before = {"rigsa": one, "ltsft": first}.get(options[1])  # examples of each pass before the last
+            budget = "both" if before else args.budget
             end = last + first if budget == "total" else last
-            examples = {"rigsa": one, "redraw": one, "ltsft": first}.get(method, 0)
             for lr in (lr for lr in rates if not args.rates or lr in args.rates):
                 runs.append({
                     "method": method, "budget": budget, "lr": lr, "seed": seed,
-                    "cost": end + (first if method in SEVERAL_PASSES else 0),
+                    "cost": end + (first if before else 0),
                     "options": [*options, "--lr", lr, "--alpha-lr", table.gate * lr,
                                 "--batch", table.batch, "--precision", table.precision,
                                 "--seed", seed, "--ticket-examples", end,
-                                *(["--examples", examples] if examples else [])],
+                                *(["--examples", before] if before else [])],
                 })
     return runs
 

@@ -40,7 +40,9 @@ STYLE = {  # of the methods: name in the legend, colour, marker; colours of Okab
     "lora": ("LoRA", "#E69F00", "v"), "qlora": ("QLoRA", "#D55E00", "v"), "lora16": ("LoRA, rank 16", "#F0C000", "<"),
     "qlora16": ("QLoRA, rank 16", "#F8A070", "<"), "qlora64": ("QLoRA, rank 64", "#D55E00", "<"),
     "qlora256": ("QLoRA, rank 256", "#8A3A00", "<"), "redraw": ("RIGSA, redrawn, top 80 %", "#555555", "^"),
-    "own start": ("RIGSA, last pass at another rate", "#000000", "*"),  # these three: doc/real.md, section 1
+    "rigsa4": ("RIGSA, last pass at four times the rate", "#000000", "P"),
+    # tickets of .006, set back and trained again: doc/real.md, section 1
+    "own start": ("RIGSA's tickets again, at another rate", "#000000", "*"),
     "fresh start": ("the same, fresh start", "#777777", "*"), "shuffled mask": ("the same, mask shuffled", "#BBBBBB", "*"),
     "full": ("full", "#888888", "x"), "dense": ("all matrices, decay to W0", "#882255", "x"),
 }
