@@ -29,7 +29,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TRAIN = """./train_rigsa --base smollm2.bin --data {out}/mnist_{side}_train.bin \\
     --eval {out}/mnist_{side}_heldout.bin{evals} \\
     --precision bf16 --examples 1200 --ticket-examples 1600 --batch 8 \\
-    --lr 0.006 --alpha-lr 0.004 --out out_smollm2"""
+    --lr 0.006 --alpha-lr 0.004 --ticket-rate 4 --out out_smollm2"""
 STEPS = 5
 
 
